@@ -1,0 +1,99 @@
+"""What every image store promises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """Bytes: `free` may be written by this service, of `total`. Quotas count."""
+
+    free: int
+    total: int
+
+
+class ImageReader(Protocol):
+    """One complete image, open for reading. It stays whole when the image is deleted meanwhile."""
+
+    size: int
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Up to `length` bytes from `offset`; fewer only at the end."""
+
+    def close(self) -> None: ...
+
+
+class ImageWriter(Protocol):
+    """One image on its way in, front to back, by one thread at a time.
+
+    Nothing can be opened before `commit`. After `commit`, `abort` or `close` any of these three may be called again
+    and does nothing. A write or commit raises NoSpace, or Unavailable for any other trouble with the disk.
+    """
+
+    def write(self, block: bytes | bytearray | memoryview) -> None: ...
+
+    def commit(self) -> None:
+        """When this returns, the image is on the disk under its name, whatever happens next."""
+
+    def abort(self) -> None:
+        """Removes what was written and the claim; gives the space back."""
+
+    def close(self) -> None:
+        """Lets go of the file and leaves the image unfinished, for the next start to find."""
+
+
+class ImageStore(Protocol):
+    """The bytes of images, by id. Every method may be called from any thread and may block.
+
+    An id that is no UUID raises Invalid, whatever the method. Disk trouble raises NoSpace or Unavailable.
+    """
+
+    @property
+    def member(self) -> str:
+        """The id of the host whose images these are: made on first use, kept in the marker."""
+
+    @property
+    def fresh(self) -> bool:
+        """True until `mark`, when there was no marker: a new directory, or one that is not mounted."""
+
+    @property
+    def marked_for(self) -> str:
+        """The identity of the records that the marker names; "" when fresh."""
+
+    def mark(self, identity: str) -> None:
+        """Writes the marker, naming the records that these images belong to. Before it, nothing is written."""
+
+    def claim(self, image_id: str) -> None:
+        """Leaves a durable note that a transfer of this image is under way here; `writer` takes it over."""
+
+    def unclaim(self, image_id: str) -> None:
+        """Removes the claim and what an earlier writer left; missing is fine."""
+
+    def unfinished(self) -> Iterator[str]:
+        """The ids that are claimed or were being written: what a crash left, when there is no transfer yet."""
+
+    def writer(self, image_id: str) -> ImageWriter:
+        """Begins the image anew, claiming it, and dropping what an earlier unfinished writer left."""
+
+    def size(self, image_id: str) -> int:
+        """Bytes of a committed image. Raises NotFound."""
+
+    def open(self, image_id: str) -> ImageReader:
+        """Raises NotFound unless the image was committed."""
+
+    def delete(self, image_id: str) -> None:
+        """Removes a committed image; missing is fine."""
+
+    def ids(self) -> Iterator[str]:
+        """The ids of all committed images. Files that are not named by an id are not looked at."""
+
+    def space(self) -> Space: ...
+
+    def ping(self) -> None:
+        """Raises Unavailable unless images can be read and written now."""
+
+    def close(self) -> None:
+        """May be called twice."""

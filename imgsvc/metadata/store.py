@@ -1,0 +1,90 @@
+"""What every metadata store promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from imgsvc.metadata.image import Image, ImageType
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """This host, as records name it: `id` from the image store's marker file, `site` (host name and directory)
+    for telling that an unmarked directory is one that held images before, `url` for people."""
+
+    id: str
+    site: str
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A record with its surroundings. `owner` is the id of the member that is transferring it, None when nobody is
+    known to; `here` says that this member, or one that served from its site before, is on record as holding it."""
+
+    image: Image
+    owner: str | None
+    here: bool
+
+
+class MetadataStore(Protocol):
+    """Records, shared by whoever shares the store. Every method may be called from any thread and may block.
+
+    Any method raises Unavailable when the store cannot answer; after a write the outcome is then unknown, and
+    repeating the same `create` or `update` is safe: it succeeds if it had succeeded. A write also raises NoSpace.
+    A missing record always raises NotFound; nothing returns None for it. `create`, `get` and `get_by_source` cost
+    the same with ten images and with 100,000.
+    """
+
+    @property
+    def identity(self) -> str:
+        """Names this set of records for good, so that a directory can tell whose images it holds."""
+
+    def list(self, image_type: ImageType | None = None) -> Iterator[Sequence[Image]]:
+        """Pages of at most 1,000 images, ordered by id; what exists throughout is in it exactly once."""
+
+    def survey(self) -> Iterator[Sequence[Entry]]:
+        """As `list`, with who is transferring and who holds: for the start sweep."""
+
+    def get(self, image_id: str) -> Image: ...
+
+    def get_by_source(self, source: str) -> Image: ...
+
+    def create(self, image: Image) -> Image:
+        """Stores a new record and, when its source is not empty, claims the source, in one step.
+
+        Returns it with its revision. Raises SourceTaken with the image that has the source, Conflict when the id
+        is in use; then nothing was written.
+        """
+
+    def update(self, image: Image) -> Image:
+        """Replaces the record whose revision is `image.revision`, and returns it with the new one; never creates.
+
+        The writer of a record in transfer becomes its owner, the writer of a complete one a holder; in `error` it
+        has neither. Raises Conflict when the stored record has another revision, NotFound when it is gone.
+        """
+
+    def delete(self, image_id: str) -> Image:
+        """Removes record, source claim, owner and holders in one step, and returns the image as it was."""
+
+    def hold(self, image_id: str) -> None:
+        """Notes that this member holds the image's bytes; may be repeated."""
+
+    def release(self, image_id: str) -> None:
+        """Takes that note away; may be repeated, and does not mind a record that is gone."""
+
+    def holders(self, image_id: str) -> Sequence[str]:
+        """Names, for a person, each other member that holds the bytes."""
+
+    def follow_deletions(self, deleted: Callable[[str], None], gap: Callable[[], None]) -> None:
+        """From a thread of the store's own, until `close`: calls `deleted(id)` within five seconds of any member's
+        deletion of a record, and `gap()` when some may have been missed. A store that no other process shares
+        calls neither."""
+
+    def ping(self) -> None:
+        """Raises Unavailable unless reads and writes can work now."""
+
+    def close(self) -> None:
+        """Ends its threads and lets go of its files; may be called twice."""
