@@ -1,164 +1,248 @@
-"""Settings: every one there is, and the only reader of the config file, the environment and the flags.
-
-A setting is declared once, as a field of a dataclass below: its key in the file, its kind, its default and why one
-would change it. Parsing, the names of environment variables, and the test that holds `conf/imgsvc.toml` against the
-code all follow from that.
-"""
+"""The only reader of the config file, the environment and the flags: makes Settings of them, or one sentence."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from imgsvc.values import Kind, Reserve, boolean, choice, integer, networks, path, reserve, seconds, size, text, urls
+from imgsvc.errors import ConfigError
+from imgsvc.settings import (
+    SETTINGS,
+    VARIABLE_PREFIX,
+    FetchSettings,
+    ImageStoreSettings,
+    MetadataStoreSettings,
+    Setting,
+    Settings,
+)
+from imgsvc.values import Reserve
 
-__all__ = ["FetchSettings", "ImageStoreSettings", "MetadataStoreSettings", "Reserve", "Settings"]
+__all__ = ["FetchSettings", "ImageStoreSettings", "MetadataStoreSettings", "Reserve", "Settings", "load"]
 
-DAY = 86_400.0
+# The Go program took keys in any case, so its config files may be written that way.
+_BY_KEY = {setting.key.lower(): setting for setting in SETTINGS}
+_GROUPS = {setting.key.lower().partition(".")[0] for setting in SETTINGS if "." in setting.key}
+_BY_VARIABLE = {setting.variable: setting for setting in SETTINGS}
+
+_Group = TypeVar("_Group", bound=Settings | FetchSettings | ImageStoreSettings | MetadataStoreSettings)
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
-    """`default` is as a file would have it; `why` is a line for the person who is about to change it."""
+class _Given:
+    """A value as it was set, in the form that a file has; `name` says which it is and where, for error messages."""
 
-    key: str
-    kind: Kind
-    default: object
-    why: str
-    secret: bool
+    value: object
+    name: str
 
 
-def _setting(key: str, kind: Kind, default: object, why: str, *, secret: bool = False, derived: bool = False) -> Any:
-    """A dataclass field that is a setting. The default of a derived one depends on others, so the field has none."""
-    setting = Setting(key, kind, default, why, secret)
-    start = dataclasses.MISSING if derived else kind.read(default)
-    return dataclasses.field(default=start, repr=not secret, metadata={"setting": setting})
+def load(config_file: Path | None, flags: Mapping[str, str], environ: Mapping[str, str]) -> Settings:
+    """The settings of this run: `flags` (text by key) win over `environ`, that over the file, that over defaults.
+
+    Raises ConfigError, a sentence that names the setting and where it was set, when a value cannot be, when there is
+    no such key or IMGSVC_ variable, and when a file or directory is missing that must be there. A key of a store
+    type that was not chosen is read and then left alone, so that one word switches the store.
+    """
+    given = {} if config_file is None else _from_file(config_file)
+    given |= _from_environment(environ)
+    for key, text in flags.items():
+        given[key] = _from_text(_BY_KEY[key.lower()], text, flag(key))
+    settings = _settings(given, default_host="127.0.0.1" if config_file is None else "")
+
+    def name(key: str) -> str:
+        if key in given:
+            return given[key].name
+        return key if config_file is None else f"{key} in {config_file}"
+
+    _check_image_store(settings, name)
+    _check_metadata_store(settings, name)
+    return settings
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FetchSettings:
-    """Times are seconds. `deny_networks`: no source is fetched from an address in one of them."""
-
-    concurrency: int = _setting(
-        "fetch.concurrency", integer(1, 64), 4, "Fetches at once, each a thread; the others wait as pending."
-    )
-    connect_timeout: float = _setting(
-        "fetch.connectTimeout", seconds(0.1, DAY), 10.0, "Seconds until a source must have accepted the connection."
-    )
-    stall_timeout: float = _setting(
-        "fetch.stallTimeout", seconds(1, DAY), 60.0, "Seconds without a byte after which a fetch fails."
-    )
-    max_redirects: int = _setting(
-        "fetch.maxRedirects", integer(0, 100), 10, "Redirects that a fetch follows; 0 follows none."
-    )
-    deny_networks: tuple[IPv4Network | IPv6Network, ...] = _setting(
-        "fetch.denyNetworks",
-        networks(),
-        ["169.254.0.0/16", "fe80::/10", "fd00:ec2::254/128"],
-        "Addresses that no fetch connects to. These are where clouds keep a host's secrets.",
-    )
+def flag(key: str) -> str:
+    """The command line's name for a setting: --data-dir for dataDir."""
+    return "--" + re.sub("[A-Z]", lambda capital: f"-{capital[0].lower()}", key)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageStoreSettings:
-    type: str = _setting(
-        "imageStoreType", choice("fs", "memory"), "fs", "fs keeps images as files; memory loses them at the end."
-    )
-    directory: Path = _setting(
-        "imageStoreConfig.dir", path(), "", "Where fs keeps images. Empty: images in dataDir.", derived=True
-    )
+def _from_file(file: Path) -> dict[str, _Given]:
+    given = dict[str, _Given]()
+    for key, value in _flatten(_document(file), file):
+        setting = _BY_KEY.get(key.lower())
+        if setting is None:
+            raise ConfigError(f"{key} in {file} is no setting{_resembling(key, (setting.key for setting in SETTINGS))}")
+        if setting.key in given:
+            raise ConfigError(f"{key} is in {file} twice")
+        given[setting.key] = _Given(value, f"{setting.key} in {file}")
+    return given
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MetadataStoreSettings:
-    """`filename` is for sqlite and kvite, `table` for kvite, the rest for etcd. `prefix` begins with a slash, and
-    does not end with one; it may be empty. TLS is used when `cert`, `key` and `ca_cert` are there: all or none."""
-
-    type: str = _setting(
-        "metadataStoreType",
-        choice("sqlite", "kvite", "etcd", "memory"),
-        "sqlite",
-        "etcd shares records among hosts; kvite is sqlite that first takes over the Go program's file.",
-    )
-    filename: Path = _setting(
-        "metadataStoreConfig.filename",
-        path(),
-        "",
-        "The file of sqlite and kvite. Empty: imgsvc.db in dataDir.",
-        derived=True,
-    )
-    table: str = _setting("metadataStoreConfig.table", text(), "", "The table in the Go program's kvite file.")
-    machines: tuple[str, ...] = _setting(
-        "metadataStoreConfig.machines",
-        urls(),
-        ["http://127.0.0.1:2379"],
-        "The members of the etcd cluster; when one does not answer, another is asked.",
-    )
-    prefix: str = _setting(
-        "metadataStoreConfig.prefix", text(), "/lochness", "Where in etcd the records are; all hosts need the same."
-    )
-    cert: Path | None = _setting(
-        "metadataStoreConfig.cert", path(), "", "The certificate that etcd is shown. cert, key, caCert: all or none."
-    )
-    key: Path | None = _setting("metadataStoreConfig.key", path(), "", "The certificate's private key.")
-    ca_cert: Path | None = _setting("metadataStoreConfig.caCert", path(), "", "Who has signed etcd's certificates.")
-    user: str = _setting("metadataStoreConfig.user", text(), "", "The user in etcd, where it asks for one.")
-    password: str = _setting("metadataStoreConfig.password", text(), "", "The password of that user.", secret=True)
+def _document(file: Path) -> dict[str, Any]:
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"the config file {file} cannot be read: {error.strerror}") from error
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"the config file {file} is not UTF-8 in line {line}") from error
+    if file.suffix == ".json" or text.lstrip().startswith("{"):
+        return _json(text, file)
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"the config file {file} is not TOML: {error}") from error
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """Sizes are bytes, times are seconds. `host` is empty for all interfaces; `port` is 0 for any free one;
-    `max_image_size` is 0 for no limit. `data_dir` may not exist yet, and is not needed when both stores are
-    elsewhere."""
+def _json(text: str, file: Path) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        document = dict(pairs)
+        if len(document) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ConfigError(f"{twice} is in {file} twice")
+        return document
 
-    host: str = _setting(
-        "host",
-        text(),
-        "",
-        "The address to listen on. Empty: all of them; with no config file at all, 127.0.0.1.",
-        derived=True,
-    )
-    port: int = _setting("port", integer(0, 65_535), 20_000, "Where hypervisors find the service. 0: any free port.")
-    data_dir: Path = _setting(
-        "dataDir",
-        path(),
-        "./imgsvc-data",
-        "Where stores are that say nothing else. It is created; its parent must exist.",
-        derived=True,
-    )
-    log_level: str = _setting(
-        "logLevel",
-        choice(
-            "debug",
-            "info",
-            "warning",
-            "error",
-            "critical",
-            aliases={"warn": "warning", "fatal": "critical", "panic": "critical"},
+    try:
+        document = json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"the config file {file} is not JSON: {error.msg} (at line {error.lineno})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets as deep
+        raise ConfigError(f"the config file {file} is not JSON that can be read: {error}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"the config file {file} is not a JSON object")
+    return document
+
+
+def _flatten(document: dict[str, Any], file: Path) -> Iterator[tuple[str, object]]:
+    for key, value in document.items():
+        if key.lower() not in _GROUPS:
+            yield key, value
+        elif isinstance(value, dict):
+            yield from ((f"{key}.{name}", member) for name, member in value.items())
+        else:
+            raise ConfigError(f"{key} in {file} must be a table of settings, not {value!r}")
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, _Given]:
+    given = dict[str, _Given]()
+    for variable, text in environ.items():
+        if not variable.startswith(VARIABLE_PREFIX):
+            continue
+        setting = _BY_VARIABLE.get(variable)
+        if setting is None:
+            raise ConfigError(f"{variable} in the environment is no setting{_resembling(variable, _BY_VARIABLE)}")
+        given[setting.key] = _from_text(setting, text, f"{variable} in the environment")
+    return given
+
+
+def _from_text(setting: Setting, text: str, name: str) -> _Given:
+    try:
+        return _Given(setting.kind.from_text(text), name)
+    except ValueError as error:
+        raise _refusal(setting, _Given(text, name)) from error
+
+
+def _refusal(setting: Setting, given: _Given) -> ConfigError:
+    value = f", not {given.value!r}" if setting.kind.shown else ""
+    return ConfigError(f"{given.name} must be {setting.kind.expects}{value}")
+
+
+def _resembling(word: str, names: Iterable[str]) -> str:
+    by_lower = {name.lower(): name for name in names}
+    found = difflib.get_close_matches(word.lower(), by_lower, n=1)
+    return f"; did you mean {by_lower[found[0]]}?" if found else ""
+
+
+def _settings(given: Mapping[str, _Given], default_host: str) -> Settings:
+    values = {setting.key: _value(setting, given) for setting in SETTINGS}
+    data_dir: Path = values["dataDir"]
+    return _group(
+        Settings,
+        values,
+        host=values["host"] if "host" in given else default_host,
+        fetch=_group(FetchSettings, values),
+        image_store=_group(
+            ImageStoreSettings,
+            values,
+            directory=values["imageStoreConfig.dir"] or data_dir / "images",
         ),
-        "info",
-        "debug, info, warning, error, critical or fatal; requests and transfers are info.",
+        metadata_store=_group(
+            MetadataStoreSettings,
+            values,
+            filename=values["metadataStoreConfig.filename"] or data_dir / "imgsvc.db",
+        ),
     )
-    log_format: str = _setting(
-        "logFormat", choice("auto", "json", "console"), "auto", "auto: console on a terminal, JSON lines elsewhere."
-    )
-    max_image_size: int = _setting("maxImageSize", size(), 0, "The largest image in bytes. 0: no limit but the disk.")
-    disk_reserve: Reserve = _setting(
-        "diskReserve", reserve(), "1%", "Space that images leave free: bytes, or a part of the file system."
-    )
-    idle_timeout: float = _setting(
-        "idleTimeout", seconds(1, DAY), 60.0, "Seconds without a byte, either way, after which a client is dropped."
-    )
-    shutdown_timeout: float = _setting(
-        "shutdownTimeout", seconds(0, DAY), 20.0, "Seconds that running transfers get to end when the service stops."
-    )
-    expose_stack: bool = _setting(
-        "exposeStack", boolean(), default=False, why="Shows stack traces in errors, to anyone. For debugging alone."
-    )
-    fetch: FetchSettings
-    image_store: ImageStoreSettings
-    metadata_store: MetadataStoreSettings
+
+
+def _value(setting: Setting, given: Mapping[str, _Given]) -> Any:
+    if setting.key not in given:
+        return setting.kind.read(setting.default)
+    try:
+        return setting.kind.read(given[setting.key].value)
+    except ValueError as error:
+        raise _refusal(setting, given[setting.key]) from error
+
+
+def _group(group: type[_Group], values: Mapping[str, Any], **derived: Any) -> _Group:
+    settings = {field.name: field.metadata.get("setting") for field in dataclasses.fields(group)}
+    return group(**{name: values[setting.key] for name, setting in settings.items() if setting} | derived)
+
+
+def _check_image_store(settings: Settings, name: Callable[[str], str]) -> None:
+    store = settings.image_store
+    if store.type == "fs":
+        _check_place(store.directory, "imageStoreConfig.dir", settings.data_dir, name)
+
+
+def _check_metadata_store(settings: Settings, name: Callable[[str], str]) -> None:
+    store = settings.metadata_store
+    if store.type in ("sqlite", "kvite"):
+        _check_place(store.filename, "metadataStoreConfig.filename", settings.data_dir, name)
+    if store.type == "kvite" and not store.table:
+        raise ConfigError(f"{name('metadataStoreConfig.table')} must name the table in the Go program's file")
+    if store.type == "etcd":
+        _check_etcd(store, name)
+
+
+def _check_place(place: Path, key: str, data_dir: Path, name: Callable[[str], str]) -> None:
+    """The directory around `place` must be there. Only dataDir may be missing: it is created, its parent is not."""
+    try:
+        if place.parent == data_dir and not data_dir.exists():
+            key, place = "dataDir", data_dir
+        if not place.parent.is_dir():
+            raise ConfigError(f"{name(key)} is {place}, but there is no directory {place.parent}")
+    except OSError as error:
+        raise ConfigError(f"{name(key)} cannot be used: {error}") from error
+
+
+def _check_etcd(store: MetadataStoreSettings, name: Callable[[str], str]) -> None:
+    tls = {"cert": store.cert, "key": store.key, "caCert": store.ca_cert}
+    for key, file in tls.items():
+        if file is None and any(tls.values()):
+            raise ConfigError(f"{name(f'metadataStoreConfig.{key}')} is missing: cert, key and caCert go together")
+        if file is not None:
+            _check_readable(file, name(f"metadataStoreConfig.{key}"))
+    scheme = "https" if store.cert else "http"
+    for machine in store.machines:
+        if not machine.startswith(f"{scheme}://"):
+            raise ConfigError(
+                f"{name('metadataStoreConfig.machines')} has {machine}, and must have {scheme} URLs only:"
+                " https needs cert, key and caCert, and they need https"
+            )
+    for key, value, other in (("user", store.user, store.password), ("password", store.password, store.user)):
+        if other and not value:
+            raise ConfigError(f"{name(f'metadataStoreConfig.{key}')} is missing: user and password go together")
+
+
+def _check_readable(file: Path, name: str) -> None:
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be read: {error}") from error

@@ -14,11 +14,12 @@ from urllib.parse import urlsplit
 @dataclass(frozen=True, slots=True)
 class Kind:
     """`expects` completes the sentence "it must be …". `read` takes what a file holds and `from_text` makes that
-    out of one string; both raise ValueError."""
+    out of one string; both raise ValueError. `shown` is False for what no log and no error message may quote."""
 
     expects: str
     read: Callable[[object], Any]
     from_text: Callable[[str], object] = str
+    shown: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,10 @@ def text() -> Kind:
     return Kind("a string", _text)
 
 
+def secret() -> Kind:
+    return Kind("a string", _text, shown=False)
+
+
 def choice(*words: str, aliases: dict[str, str] | None = None) -> Kind:
     """One of `words`; an alias stands for the word that it maps to. Case does not matter when there are aliases."""
 
@@ -114,6 +119,16 @@ def path() -> Kind:
     return Kind("a path", read)
 
 
+def prefix() -> Kind:
+    """The front of a key in etcd: begins with a slash and does not end with one, or is empty."""
+
+    def read(value: object) -> str:
+        name = _text(value).strip("/")
+        return f"/{name}" if name else ""
+
+    return Kind("a string", read)
+
+
 def reserve() -> Kind:
     def from_text(text: str) -> object:
         return text if text.endswith("%") else int(text)
@@ -132,7 +147,8 @@ def urls() -> Kind:
     def read(value: object) -> tuple[str, ...]:
         return tuple(_url(item) for item in _texts(value))
 
-    return Kind('a list of URLs such as "http://10.0.0.1:2379"', read, _split)
+    # One with a password in it is refused, and must not be quoted for that.
+    return Kind('a list of URLs such as "http://10.0.0.1:2379"', read, _split, shown=False)
 
 
 def _integer(value: object) -> int:

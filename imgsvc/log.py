@@ -1,0 +1,103 @@
+"""Logs: one event a line on stderr, JSON for machines and coloured text on a terminal, whoever wrote it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+from collections.abc import MutableMapping
+from types import TracebackType
+from typing import Any
+from urllib.parse import urlsplit
+
+import structlog
+
+_encode = json.JSONEncoder(separators=(",", ":"), default=str).encode
+
+
+def setup(level: str, log_format: str) -> None:
+    """Sends this process's logs to stderr, from `level` on; `log_format` is "json", "console" or "auto".
+
+    What libraries log, what Python warns of and exceptions that nobody caught come out in the same form.
+    """
+    threshold = logging.getLevelNamesMapping()[level.upper()]
+    terminal = sys.stderr.isatty()
+    console = log_format == "console" or (log_format == "auto" and terminal)
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *(_console(colours=terminal) if console else _JSON),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(threshold),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    logging.basicConfig(handlers=[_ToStructlog()], level=threshold, force=True)
+    logging.captureWarnings(capture=True)
+    # We log each request ourselves, with what Tornado's line does not know.
+    logging.getLogger("tornado.access").disabled = True
+    _catch_uncaught()
+
+
+def redact(url: str) -> str:
+    """The URL without what may be a secret, for logs: no user, no password, no query, no fragment."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "***"
+    _, user, host = parts.netloc.rpartition("@")
+    hidden = "?***" if parts.query or parts.fragment else ""
+    return f"{parts.scheme}://{'***@' if user else ''}{host}{parts.path}{hidden}"
+
+
+class _ToStructlog(logging.Handler):
+    """Hands the standard library's records over, so that there is one renderer and one stream."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            structlog.get_logger().log(
+                min(record.levelno // 10, 5) * 10 or 10,
+                record.getMessage(),
+                logger=record.name,
+                exc_info=record.exc_info,
+            )
+        except Exception:  # noqa: BLE001 - a handler reports through handleError, whatever it was
+            self.handleError(record)
+
+
+def _render_json(_: Any, __: str, event: MutableMapping[str, Any]) -> str:
+    head = {key: event.pop(key) for key in ("timestamp", "level", "event")}
+    return _encode(head | dict(event))
+
+
+_JSON = [structlog.processors.StackInfoRenderer(), structlog.processors.format_exc_info, _render_json]
+
+
+def _console(*, colours: bool) -> list[Any]:
+    plain = structlog.dev.plain_traceback
+    return [structlog.dev.ConsoleRenderer(colors=colours, exception_formatter=plain)]
+
+
+def _catch_uncaught() -> None:
+    log = structlog.get_logger()
+
+    def of_process(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            sys.__excepthook__(kind, error, trace)
+        else:
+            log.critical("uncaught exception", exc_info=(kind, error, trace))
+
+    def of_thread(hook: threading.ExceptHookArgs) -> None:
+        name = hook.thread.name if hook.thread is not None else ""
+        log.critical("uncaught exception", thread=name, exc_info=(hook.exc_type, hook.exc_value, hook.exc_traceback))
+
+    def unraisable(hook: Any) -> None:
+        error = (hook.exc_type, hook.exc_value, hook.exc_traceback)
+        log.error(hook.err_msg or "exception ignored", where=repr(hook.object), exc_info=error)
+
+    sys.excepthook = of_process
+    threading.excepthook = of_thread
+    sys.unraisablehook = unraisable
