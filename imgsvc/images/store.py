@@ -6,6 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from imgsvc.errors import Invalid
+from imgsvc.metadata.image import is_id
+
+
+def require_id(image_id: str) -> str:
+    """The id itself; raises Invalid unless it is one, so that nothing else ever names a file."""
+    if not is_id(image_id):
+        raise Invalid("an image id is a lower-case UUID")
+    return image_id
+
 
 @dataclass(frozen=True, slots=True)
 class Space:
@@ -30,16 +40,21 @@ class ImageWriter(Protocol):
     """One image on its way in, front to back, by one thread at a time.
 
     Nothing can be opened before `commit`. After `commit`, `abort` or `close` any of these three may be called again
-    and does nothing. A write or commit raises NoSpace, or Unavailable for any other trouble with the disk.
+    and does nothing, except that a commit which cannot keep its promise never returns: after `abort`, `close` or a
+    failed write or commit it raises Unavailable, as does a write. A write or commit raises NoSpace, or Unavailable
+    for any other trouble with the disk; then `abort` (or `close`) is still due.
     """
 
     def write(self, block: bytes | bytearray | memoryview) -> None: ...
 
     def commit(self) -> None:
-        """When this returns, the image is on the disk under its name, whatever happens next."""
+        """When this returns, the image is on the disk under its name, whatever happens next.
+
+        Raises Conflict when that name is taken; an image is never overwritten.
+        """
 
     def abort(self) -> None:
-        """Removes what was written and the claim; gives the space back."""
+        """Gives the space back and leaves the claim, for the record may still have to be settled. Never raises."""
 
     def close(self) -> None:
         """Lets go of the file and leaves the image unfinished, for the next start to find."""
@@ -56,6 +71,10 @@ class ImageStore(Protocol):
         """The id of the host whose images these are: made on first use, kept in the marker."""
 
     @property
+    def place(self) -> str:
+        """Names it for a person: the directory."""
+
+    @property
     def fresh(self) -> bool:
         """True until `mark`, when there was no marker: a new directory, or one that is not mounted."""
 
@@ -64,19 +83,23 @@ class ImageStore(Protocol):
         """The identity of the records that the marker names; "" when fresh."""
 
     def mark(self, identity: str) -> None:
-        """Writes the marker, naming the records that these images belong to. Before it, nothing is written."""
+        """Writes the marker, naming the records that these images belong to; `member` stays what it was.
+
+        Before it, nothing is written, and what would write raises Unavailable. Raises ConfigError when it cannot.
+        """
 
     def claim(self, image_id: str) -> None:
         """Leaves a durable note that a transfer of this image is under way here; `writer` takes it over."""
 
     def unclaim(self, image_id: str) -> None:
-        """Removes the claim and what an earlier writer left; missing is fine."""
+        """Removes the claim and what an earlier writer left; missing is fine. Raises Conflict while one is open."""
 
     def unfinished(self) -> Iterator[str]:
         """The ids that are claimed or were being written: what a crash left, when there is no transfer yet."""
 
     def writer(self, image_id: str) -> ImageWriter:
-        """Begins the image anew, claiming it, and dropping what an earlier unfinished writer left."""
+        """Begins the image anew, claiming it, and dropping what an earlier unfinished writer left. The claim goes with
+        `commit` or `unclaim`."""
 
     def size(self, image_id: str) -> int:
         """Bytes of a committed image. Raises NotFound."""
@@ -93,7 +116,7 @@ class ImageStore(Protocol):
     def space(self) -> Space: ...
 
     def ping(self) -> None:
-        """Raises Unavailable unless images can be read and written now."""
+        """Raises Unavailable unless images can be read and written now; lack of space is not this method's business."""
 
     def close(self) -> None:
         """May be called twice."""

@@ -1,0 +1,168 @@
+"""Image files, open for writing and for reading. Where they are is the store's business."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from enum import Enum, auto
+
+from imgsvc.errors import Conflict, NoSpace, NotFound, Unavailable
+from imgsvc.images.directory import Directory, write_all
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+class FileWriter:
+    """An ImageWriter that fills the file `partial` and, at the end, gives it the name `image_id`.
+
+    `ended` is called once, when it will not touch either name again. The lock is for a caller that gives up while a
+    write still runs in another thread: once closed, the number of the descriptor may be another image's.
+    """
+
+    def __init__(
+        self, directory: Directory, partial: str, image_id: str, descriptor: int, ended: Callable[[], None]
+    ) -> None:
+        self._directory = directory
+        self._partial = partial
+        self._id = image_id
+        self._descriptor: int | None = descriptor
+        self._ended = ended
+        self._state = _State.OPEN
+        self._lock = threading.Lock()
+
+    def write(self, block: bytes | bytearray | memoryview) -> None:
+        with self._lock, translated(f"write image {self._id}"):
+            descriptor = self._begin()
+            write_all(descriptor, block)
+            self._state = _State.OPEN
+
+    def commit(self) -> None:
+        with self._lock, translated(f"write image {self._id}"):
+            if self._state is _State.COMMITTED:
+                return
+            descriptor = self._begin()
+            try:
+                os.fsync(descriptor)
+            finally:
+                self._release()
+            self._publish()
+            self._state = _State.COMMITTED
+            self._ended()
+
+    def abort(self) -> None:
+        self._drop(remove=True)
+
+    def close(self) -> None:
+        self._drop(remove=False)
+
+    def _begin(self) -> int:
+        """The descriptor, for a step after which the image is broken unless the step ends well.
+
+        That holds for a failed fsync too: the kernel reports lost blocks once, and a second try would succeed.
+        """
+        if self._state is not _State.OPEN or self._descriptor is None:
+            raise Unavailable(f"image {self._id} is no longer being written")
+        self._state = _State.BROKEN
+        return self._descriptor
+
+    def _publish(self) -> None:
+        """Gives what was written its name, for good.
+
+        To look and then rename is safe, although rename overwrites: the directory is locked against other services,
+        an id has one writer in this one, and nothing else makes files of such names.
+        """
+        if self._directory.exists(self._id):
+            raise Conflict(f"image {self._id} is stored already")
+        self._directory.rename(self._partial, self._id)
+        try:
+            self._directory.sync()
+        except OSError:
+            # A loss of power could still take the name back, so nobody may see it.
+            self._directory.rename(self._id, self._partial)
+            raise
+
+    def _drop(self, *, remove: bool) -> None:
+        with self._lock, translated(f"drop image {self._id}"):
+            if self._state in (_State.COMMITTED, _State.DROPPED):
+                return
+            self._state = _State.DROPPED
+            try:
+                if remove:
+                    self._directory.remove(self._partial)
+            finally:
+                # Some file systems report only here what they could not write; it is not wanted any more.
+                with suppress(OSError):
+                    self._release()
+                self._ended()
+
+    def _release(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+class FileReader:
+    """An ImageReader. Its lock is there for the reason that FileWriter gives."""
+
+    def __init__(self, image_id: str, descriptor: int) -> None:
+        """Takes the descriptor over, also when it raises."""
+        self._id = image_id
+        self._descriptor: int | None = descriptor
+        self._lock = threading.Lock()
+        try:
+            self.size = image_size(image_id, os.fstat(descriptor))
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, offset: int, length: int) -> bytes:
+        wanted = max(min(length, self.size - offset), 0)
+        with self._lock, translated(f"read image {self._id}"):
+            if self._descriptor is None:
+                raise Unavailable(f"image {self._id} is no longer being read")
+            block = os.pread(self._descriptor, wanted, offset)
+            while len(block) < wanted:
+                more = os.pread(self._descriptor, wanted - len(block), offset + len(block))
+                if not more:
+                    raise Unavailable(f"image {self._id} is shorter than it was")
+                block += more
+        return block
+
+    def close(self) -> None:
+        with self._lock:
+            descriptor, self._descriptor = self._descriptor, None
+            if descriptor is not None:
+                os.close(descriptor)
+
+
+class _State(Enum):
+    OPEN = auto()
+    BROKEN = auto()
+    COMMITTED = auto()
+    DROPPED = auto()
+
+
+def image_size(image_id: str, found: os.stat_result) -> int:
+    """Raises NotFound when what was found is no file."""
+    if not stat.S_ISREG(found.st_mode):
+        raise NotFound(f"image {image_id} is not stored here")
+    return found.st_size
+
+
+@contextmanager
+def translated(action: str) -> Iterator[None]:
+    """Turns an OSError into a sentence that says which action failed, and names no path."""
+    try:
+        yield
+    except OSError as error:
+        kind = NoSpace if disk_full(error) else Unavailable
+        raise kind(f"cannot {action}: {error.strerror}") from error
+
+
+def disk_full(error: OSError) -> bool:
+    """Whether there is no room, be it on the disk, in a quota or in one file."""
+    return error.errno in _FULL

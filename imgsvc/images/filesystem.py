@@ -1,0 +1,253 @@
+"""Images as files in one directory. Nothing outside this module knows where an image's bytes are.
+
+    {directory}/{id}             an image
+    {directory}/.incoming/{id}   a claim (an empty file), or an image being written
+    {directory}/.imgsvc          the marker: which member's images these are, and to which records they belong
+
+Every path is relative to one descriptor of the directory, opened once. So when the file system is unmounted under the
+running service, or another is mounted over it, no byte goes astray to what lies beneath; `ping` notices.
+
+Nothing is used that some file systems lack or do badly: no preallocation (ZFS writes every block of it), no O_TMPFILE,
+no O_DIRECT, no extended attributes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+from imgsvc.errors import ConfigError, Conflict, NotFound, Unavailable
+from imgsvc.images.directory import Directory, write_all
+from imgsvc.images.files import FileReader, FileWriter, disk_full, image_size, translated
+from imgsvc.images.store import ImageReader, ImageWriter, Space, require_id
+from imgsvc.metadata.image import is_id, new_id
+
+_INCOMING = ".incoming"
+_MARKER = ".imgsvc"
+_PROBE = ".imgsvc-probe"
+_MARKER_LIMIT = 64 * 1024
+
+
+class FilesystemImageStore:
+    """An ImageStore. Once it is closed, it and the writers still open raise Unavailable; open readers go on."""
+
+    def __init__(self, directory: Path) -> None:
+        """Opens the directory, or makes it in a parent that exists.
+
+        It is made here and not in `mark`, because the lock needs it, and an empty directory does no harm where a file
+        system is mounted later. Raises ConfigError, naming the directory, when it cannot be used or another service
+        uses it.
+        """
+        self._path = directory.absolute()
+        self._lock = threading.Lock()
+        self._probing = threading.Lock()
+        self._writing: set[str] = set()
+        with self._required():
+            if not self._path.parent.is_dir():
+                raise ConfigError(f"image directory {self._path} cannot be made: there is no {self._path.parent}")
+            self._directory = Directory(self._path)
+            try:
+                self._marker = self._read_marker()
+                if self._marker is not None:
+                    self._directory.make(_INCOMING)
+                    self._probe()
+            except BaseException:
+                self._directory.close()
+                raise
+        self._member = new_id() if self._marker is None else self._marker.member
+
+    @property
+    def member(self) -> str:
+        return self._member
+
+    @property
+    def fresh(self) -> bool:
+        return self._marker is None
+
+    @property
+    def marked_for(self) -> str:
+        return "" if self._marker is None else self._marker.records
+
+    def mark(self, identity: str) -> None:
+        marker = _Marker(self._member, identity)
+        # It goes the way of an image, and so proves that images can go it.
+        temporary = f"{_INCOMING}/{_MARKER}"
+        with self._required():
+            self._directory.make(_INCOMING)
+            descriptor = self._directory.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            try:
+                write_all(descriptor, json.dumps(asdict(marker)).encode() + b"\n")
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            self._directory.rename(temporary, _MARKER)
+            self._directory.sync()
+        self._marker = marker
+
+    def claim(self, image_id: str) -> None:
+        path = _incoming(image_id)
+        self._require_marked()
+        with translated(f"claim image {image_id}"):
+            os.close(self._directory.open(path, os.O_WRONLY | os.O_CREAT))
+            self._directory.sync(_INCOMING)
+
+    def unclaim(self, image_id: str) -> None:
+        path = _incoming(image_id)
+        self._require_marked()
+        with self._lock:
+            if image_id in self._writing:
+                raise Conflict(f"image {image_id} is being written")
+        with translated(f"drop image {image_id}"):
+            self._directory.remove(path)
+
+    def unfinished(self) -> Iterator[str]:
+        return iter(()) if self.fresh else self._ids(_INCOMING)
+
+    def writer(self, image_id: str) -> ImageWriter:
+        path = _incoming(image_id)
+        self._require_marked()
+        with self._lock:
+            if image_id in self._writing:
+                raise Conflict(f"image {image_id} is being written")
+            self._writing.add(image_id)
+        try:
+            with translated(f"write image {image_id}"):
+                if self._directory.exists(image_id):
+                    raise Conflict(f"image {image_id} is stored already")
+                try:
+                    descriptor = self._directory.open(path, os.O_WRONLY | os.O_TRUNC)
+                except FileNotFoundError:
+                    self.claim(image_id)
+                    descriptor = self._directory.open(path, os.O_WRONLY)
+        except BaseException:
+            self._ended(image_id)
+            raise
+        return FileWriter(self._directory, path, image_id, descriptor, partial(self._ended, image_id))
+
+    def size(self, image_id: str) -> int:
+        name = require_id(image_id)
+        with translated(f"find image {image_id}"), _found(image_id):
+            return image_size(image_id, self._directory.stat(name))
+
+    def open(self, image_id: str) -> ImageReader:
+        name = require_id(image_id)
+        with translated(f"read image {image_id}"), _found(image_id):
+            return FileReader(image_id, self._directory.open(name, os.O_RDONLY))
+
+    def delete(self, image_id: str) -> None:
+        # Not synced: the record went first, so what a loss of power brings back is an orphan, which the next start
+        # removes.
+        name = require_id(image_id)
+        self._require_marked()
+        with translated(f"delete image {image_id}"):
+            self._directory.remove(name)
+
+    def ids(self) -> Iterator[str]:
+        return self._ids(".")
+
+    def space(self) -> Space:
+        with translated("find out the free space"):
+            found = self._directory.space()
+        return Space(free=found.f_bavail * found.f_frsize, total=found.f_blocks * found.f_frsize)
+
+    def ping(self) -> None:
+        self._require_marked()
+        with translated("use the image directory"):
+            if not self._directory.in_place():
+                raise Unavailable("another directory is in the image directory's place; is its file system mounted?")
+            try:
+                marker = self._read_marker()
+            except ConfigError as error:
+                raise Unavailable("the marker in the image directory is damaged") from error
+            if marker != self._marker:
+                raise Unavailable("the marker in the image directory is gone, or has changed")
+            self._probe()
+
+    def close(self) -> None:
+        self._directory.close()
+
+    def _ids(self, path: str) -> Iterator[str]:
+        with translated("list the image directory"):
+            for entry in self._directory.entries(path):
+                if is_id(entry.name) and entry.is_file():
+                    yield entry.name
+
+    def _ended(self, image_id: str) -> None:
+        with self._lock:
+            self._writing.discard(image_id)
+
+    def _require_marked(self) -> None:
+        if self._marker is None:
+            raise Unavailable("the image directory has not been marked as this service's yet")
+
+    @contextmanager
+    def _required(self) -> Iterator[None]:
+        """Without what is done here there is no service."""
+        try:
+            yield
+        except BlockingIOError as error:
+            raise ConfigError(f"image directory {self._path} is in use by another service") from error
+        except OSError as error:
+            raise ConfigError(f"image directory {self._path} cannot be used: {error.strerror}") from error
+
+    def _read_marker(self) -> _Marker | None:
+        """None when there is none; raises ConfigError when it is not to be understood."""
+        try:
+            descriptor = self._directory.open(_MARKER, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        try:
+            return _Marker.parse(os.read(descriptor, _MARKER_LIMIT))
+        except ValueError as error:
+            raise ConfigError(f"marker file {self._path / _MARKER} is damaged: {error}") from error
+        finally:
+            os.close(descriptor)
+
+    def _probe(self) -> None:
+        """Proves, by doing it, that a new file can go the way of an image.
+
+        `.incoming` on another mount fails here. A full disk does not: that is for those to hear who want to write,
+        while reads and deletions go on.
+        """
+        temporary = f"{_INCOMING}/{_PROBE}"
+        with self._probing:
+            try:
+                os.close(self._directory.open(temporary, os.O_WRONLY | os.O_CREAT))
+                self._directory.rename(temporary, _PROBE)
+                self._directory.remove(_PROBE)
+            except OSError as error:
+                if not disk_full(error):
+                    raise
+
+
+@dataclass(frozen=True, slots=True)
+class _Marker:
+    member: str
+    records: str
+
+    @classmethod
+    def parse(cls, text: bytes) -> Self:
+        """Raises ValueError."""
+        match json.loads(text):
+            case {"member": str(member), "records": str(records)} if is_id(member):
+                return cls(member, records)
+        raise ValueError('it is no JSON object with "member", a UUID, and "records"')
+
+
+def _incoming(image_id: str) -> str:
+    return f"{_INCOMING}/{require_id(image_id)}"
+
+
+@contextmanager
+def _found(image_id: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise NotFound(f"image {image_id} is not stored here") from error

@@ -1,0 +1,191 @@
+"""Images in memory: for tests, and to keep the protocol honest."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+from imgsvc.errors import Conflict, NoSpace, NotFound, Unavailable
+from imgsvc.images.store import ImageReader, ImageWriter, Space, require_id
+from imgsvc.metadata.image import new_id
+
+
+class MemoryImageStore:
+    """An ImageStore whose images end with it. `capacity` is in bytes, of all images together."""
+
+    def __init__(self, capacity: int = 64 * 1024 * 1024) -> None:
+        self._capacity = capacity
+        self._lock = threading.RLock()
+        self._images: dict[str, bytearray] = {}
+        self._incoming: dict[str, bytearray] = {}
+        self._writing: set[str] = set()
+        self._records: str | None = None
+        self._member = new_id()
+        self._closed = False
+
+    @property
+    def member(self) -> str:
+        return self._member
+
+    @property
+    def fresh(self) -> bool:
+        return self._records is None
+
+    @property
+    def marked_for(self) -> str:
+        return self._records or ""
+
+    def mark(self, identity: str) -> None:
+        self._records = identity
+
+    def claim(self, image_id: str) -> None:
+        require_id(image_id)
+        with self._lock:
+            self._require_writable()
+            self._incoming.setdefault(image_id, bytearray())
+
+    def unclaim(self, image_id: str) -> None:
+        require_id(image_id)
+        with self._lock:
+            self._require_writable()
+            self._refuse_second_writer(image_id)
+            self._incoming.pop(image_id, None)
+
+    def unfinished(self) -> Iterator[str]:
+        with self._lock:
+            self._require_open()
+            return iter(list(self._incoming))
+
+    def writer(self, image_id: str) -> ImageWriter:
+        require_id(image_id)
+        with self._lock:
+            self._require_writable()
+            self._refuse_second_writer(image_id)
+            if image_id in self._images:
+                raise Conflict(f"image {image_id} is stored already")
+            self._incoming[image_id] = bytearray()
+            self._writing.add(image_id)
+            return _MemoryWriter(self, image_id)
+
+    def size(self, image_id: str) -> int:
+        return self.open(image_id).size
+
+    def open(self, image_id: str) -> ImageReader:
+        require_id(image_id)
+        with self._lock:
+            self._require_open()
+            if image_id not in self._images:
+                raise NotFound(f"image {image_id} is not stored here")
+            return _MemoryReader(image_id, self._images[image_id])
+
+    def delete(self, image_id: str) -> None:
+        require_id(image_id)
+        with self._lock:
+            self._require_writable()
+            self._images.pop(image_id, None)
+
+    def ids(self) -> Iterator[str]:
+        with self._lock:
+            self._require_open()
+            return iter(list(self._images))
+
+    def space(self) -> Space:
+        with self._lock:
+            self._require_open()
+            used = sum(map(len, self._images.values())) + sum(map(len, self._incoming.values()))
+            return Space(free=self._capacity - used, total=self._capacity)
+
+    def ping(self) -> None:
+        with self._lock:
+            self._require_writable()
+
+    def close(self) -> None:
+        self._closed = True
+
+    # What its writers ask of it.
+
+    def append(self, image_id: str, block: bytes) -> None:
+        with self._lock:
+            self._require_writable()
+            if len(block) > self.space().free:
+                raise NoSpace(f"cannot write image {image_id}: no space left in memory")
+            self._incoming[image_id] += block
+
+    def publish(self, image_id: str) -> None:
+        with self._lock:
+            self._require_writable()
+            self._images[image_id] = self._incoming.pop(image_id)
+            self._writing.discard(image_id)
+
+    def drop(self, image_id: str, *, remove: bool) -> None:
+        with self._lock:
+            self._writing.discard(image_id)
+            if remove:
+                self._require_writable()
+                del self._incoming[image_id]
+
+    def _refuse_second_writer(self, image_id: str) -> None:
+        if image_id in self._writing:
+            raise Conflict(f"image {image_id} is being written")
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise Unavailable("the image store is closed")
+
+    def _require_writable(self) -> None:
+        self._require_open()
+        if self._records is None:
+            raise Unavailable("the image store has not been marked as this service's yet")
+
+
+class _MemoryWriter:
+    def __init__(self, store: MemoryImageStore, image_id: str) -> None:
+        self._store = store
+        self._id = image_id
+        self._open = True
+        self._sound = True
+        self._committed = False
+
+    def write(self, block: bytes | bytearray | memoryview) -> None:
+        self._begin()
+        self._store.append(self._id, bytes(block))
+        self._sound = True
+
+    def commit(self) -> None:
+        if self._committed:
+            return
+        self._begin()
+        self._store.publish(self._id)
+        self._open = False
+        self._committed = True
+
+    def abort(self) -> None:
+        self._drop(remove=True)
+
+    def close(self) -> None:
+        self._drop(remove=False)
+
+    def _begin(self) -> None:
+        if not self._open or not self._sound:
+            raise Unavailable(f"image {self._id} is no longer being written")
+        self._sound = False
+
+    def _drop(self, *, remove: bool) -> None:
+        if self._open:
+            self._open = False
+            self._store.drop(self._id, remove=remove)
+
+
+class _MemoryReader:
+    def __init__(self, image_id: str, image: bytearray) -> None:
+        self.size = len(image)
+        self._id = image_id
+        self._image: bytearray | None = image
+
+    def read(self, offset: int, length: int) -> bytes:
+        if self._image is None:
+            raise Unavailable(f"image {self._id} is no longer being read")
+        return bytes(memoryview(self._image)[offset : offset + length])
+
+    def close(self) -> None:
+        self._image = None
