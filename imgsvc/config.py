@@ -127,7 +127,7 @@ def _flatten(document: dict[str, Any], file: Path) -> Iterator[tuple[str, object
         elif isinstance(value, dict):
             yield from ((f"{key}.{name}", member) for name, member in value.items())
         else:
-            raise ConfigError(f"{key} in {file} must be a table of settings, not {value!r}")
+            raise ConfigError(f"{key} in {file} must be a table of settings, not {_quoted(value)}")
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, _Given]:
@@ -150,8 +150,13 @@ def _from_text(setting: Setting, text: str, name: str) -> _Given:
 
 
 def _refusal(setting: Setting, given: _Given) -> ConfigError:
-    value = f", not {given.value!r}" if setting.kind.shown else ""
+    value = f", not {_quoted(given.value)}" if setting.kind.shown else ""
     return ConfigError(f"{given.name} must be {setting.kind.expects}{value}")
+
+
+def _quoted(value: object) -> str:
+    """As TOML and JSON write it: true, not True. Only a TOML date has to become text for that."""
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _resembling(word: str, names: Iterable[str]) -> str:

@@ -18,6 +18,7 @@ from imgsvc.values import (
     boolean,
     choice,
     integer,
+    log_level,
     networks,
     path,
     prefix,
@@ -62,32 +63,48 @@ class FetchSettings:
     """Times are seconds. `deny_networks`: no source is fetched from an address in one of them."""
 
     concurrency: int = _setting(
-        "fetch.concurrency", integer(1, 64), 4, "Fetches at once, each a thread; the others wait as pending."
+        "fetch.concurrency",
+        integer(1, 64),
+        4,
+        "Fetches at once; the others wait as pending, so that a hundred sources do not share one disk.",
     )
     connect_timeout: float = _setting(
-        "fetch.connectTimeout", seconds(0.1, _DAY), 10.0, "Seconds until a source must have accepted the connection."
+        "fetch.connectTimeout", seconds(0.1, _DAY), 10.0, "Seconds that a source has to accept the connection."
     )
     stall_timeout: float = _setting(
-        "fetch.stallTimeout", seconds(1, _DAY), 60.0, "Seconds without a byte after which a fetch fails."
+        "fetch.stallTimeout",
+        seconds(1, _DAY),
+        60.0,
+        "Seconds without a byte after which a fetch fails, as its source has hung.",
     )
     max_redirects: int = _setting(
-        "fetch.maxRedirects", integer(0, 100), 10, "Redirects that a fetch follows; 0 follows none."
+        "fetch.maxRedirects",
+        integer(0, 100),
+        10,
+        "Redirects that a fetch follows, so that a loop of them ends; 0 follows none.",
     )
     deny_networks: tuple[IPv4Network | IPv6Network, ...] = _setting(
         "fetch.denyNetworks",
         networks(),
         ["169.254.0.0/16", "fe80::/10", "fd00:ec2::254/128"],
-        "Addresses that no fetch connects to. These are where clouds keep a host's secrets.",
+        "No fetch connects to these, whatever name leads there: clouds keep a host's secrets on link-local addresses.",
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageStoreSettings:
     type: str = _setting(
-        "imageStoreType", choice("fs", "memory"), "fs", "fs keeps images as files; memory loses them at the end."
+        "imageStoreType",
+        choice("fs", "memory"),
+        "fs",
+        "fs keeps images as files; memory is for trying things out, and loses them at the end.",
     )
     directory: Path = _setting(
-        "imageStoreConfig.dir", path(), "", "Where fs keeps images. Empty: images in dataDir.", derived=True
+        "imageStoreConfig.dir",
+        path(),
+        "",
+        "One flat directory, best a file system or ZFS dataset of its own. Empty: images in dataDir.",
+        derived=True,
     )
 
 
@@ -100,32 +117,47 @@ class MetadataStoreSettings:
         "metadataStoreType",
         choice("sqlite", "kvite", "etcd", "memory"),
         "sqlite",
-        "etcd shares records among hosts; kvite is sqlite that first takes over the Go program's file.",
+        "sqlite, etcd (shared by hosts), kvite (sqlite that takes over the Go program's file) or memory.",
     )
     filename: Path = _setting(
         "metadataStoreConfig.filename",
         path(),
         "",
-        "The file of sqlite and kvite. Empty: imgsvc.db in dataDir.",
+        "The file of sqlite and kvite, on a local disk. Empty: imgsvc.db in dataDir.",
         derived=True,
     )
-    table: str = _setting("metadataStoreConfig.table", text(), "", "The table in the Go program's kvite file.")
+    table: str = _setting(
+        "metadataStoreConfig.table", text(), "", "kvite: the table in the Go program's file, which is left as it was."
+    )
     machines: tuple[str, ...] = _setting(
         "metadataStoreConfig.machines",
         urls(),
         ["http://127.0.0.1:2379"],
-        "The members of the etcd cluster; when one does not answer, another is asked.",
+        "etcd: name every member, as any of them may be down.",
     )
     prefix: str = _setting(
-        "metadataStoreConfig.prefix", prefix(), "/lochness", "Where in etcd the records are; all hosts need the same."
+        "metadataStoreConfig.prefix",
+        prefix(),
+        "/lochness",
+        "etcd: where the records are; hosts with the same prefix share them.",
     )
     cert: Path | None = _setting(
-        "metadataStoreConfig.cert", path(), "", "The certificate that etcd is shown. cert, key, caCert: all or none."
+        "metadataStoreConfig.cert",
+        path(),
+        "",
+        "etcd over https: cert, key and caCert are files in PEM, all three or none. This is our certificate,",
     )
-    key: Path | None = _setting("metadataStoreConfig.key", path(), "", "The certificate's private key.")
-    ca_cert: Path | None = _setting("metadataStoreConfig.caCert", path(), "", "Who has signed etcd's certificates.")
-    user: str = _setting("metadataStoreConfig.user", text(), "", "The user in etcd, where it asks for one.")
-    password: str = _setting("metadataStoreConfig.password", secret(), "", "The password of that user.")
+    key: Path | None = _setting("metadataStoreConfig.key", path(), "", "its private key,")
+    ca_cert: Path | None = _setting("metadataStoreConfig.caCert", path(), "", "and the authority that signed etcd's.")
+    user: str = _setting(
+        "metadataStoreConfig.user", text(), "", "etcd with authentication: user and password go together."
+    )
+    password: str = _setting(
+        "metadataStoreConfig.password",
+        secret(),
+        "",
+        "Better in IMGSVC_METADATA_STORE_CONFIG_PASSWORD, where only this service can read it.",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,42 +173,54 @@ class Settings:
         "The address to listen on. Empty: all of them; with no config file at all, 127.0.0.1.",
         derived=True,
     )
-    port: int = _setting("port", integer(0, 65_535), 20_000, "Where hypervisors find the service. 0: any free port.")
+    port: int = _setting(
+        "port", integer(0, 65_535), 20_000, "Hypervisors know the service by it, or by an SRV record. 0: any free port."
+    )
     data_dir: Path = _setting(
         "dataDir",
         path(),
         "./imgsvc-data",
-        "Where stores are that say nothing else. It is created; its parent must exist.",
+        "Where stores are that are put nowhere else. It is created when it is missing; its parent is not.",
         derived=True,
     )
     log_level: str = _setting(
         "logLevel",
-        choice(
-            "debug",
-            "info",
-            "warning",
-            "error",
-            "critical",
-            aliases={"warn": "warning", "fatal": "critical", "panic": "critical"},
-        ),
+        log_level(),
         "info",
-        "debug, info, warning, error, critical or fatal; requests and transfers are info.",
+        "debug, info, warning, error, critical or fatal; a line for each request and transfer is info.",
     )
     log_format: str = _setting(
-        "logFormat", choice("auto", "json", "console"), "auto", "auto: console on a terminal, JSON lines elsewhere."
+        "logFormat",
+        choice("auto", "json", "console"),
+        "auto",
+        "auto is console on a terminal and json elsewhere, one object a line.",
     )
-    max_image_size: int = _setting("maxImageSize", size(), 0, "The largest image in bytes. 0: no limit but the disk.")
+    max_image_size: int = _setting(
+        "maxImageSize", size(), 0, "Bytes; a larger image is refused before it takes the disk. 0: no limit."
+    )
     disk_reserve: Reserve = _setting(
-        "diskReserve", reserve(), "1%", "Space that images leave free: bytes, or a part of the file system."
+        "diskReserve",
+        reserve(),
+        "1%",
+        "Images leave this free, in bytes or as a part of the file system: a full one is slow, or cannot even delete.",
     )
     idle_timeout: float = _setting(
-        "idleTimeout", seconds(1, _DAY), 60.0, "Seconds without a byte, either way, after which a client is dropped."
+        "idleTimeout",
+        seconds(1, _DAY),
+        60.0,
+        "Seconds without a byte, either way, after which a client is taken for gone.",
     )
     shutdown_timeout: float = _setting(
-        "shutdownTimeout", seconds(0, _DAY), 20.0, "Seconds that running transfers get to end when the service stops."
+        "shutdownTimeout",
+        seconds(0, _DAY),
+        20.0,
+        "Seconds that uploads and downloads get to end when the service stops; systemd must wait longer.",
     )
     expose_stack: bool = _setting(
-        "exposeStack", boolean(), default=False, why="Shows stack traces in errors, to anyone. For debugging alone."
+        "exposeStack",
+        boolean(),
+        default=False,
+        why="Shows stack traces, and so paths on this host, to anyone who causes an error.",
     )
     fetch: FetchSettings
     image_store: ImageStoreSettings

@@ -94,19 +94,26 @@ def secret() -> Kind:
     return Kind("a string", _text, shown=False)
 
 
-def choice(*words: str, aliases: dict[str, str] | None = None) -> Kind:
-    """One of `words`; an alias stands for the word that it maps to. Case does not matter when there are aliases."""
-
+def choice(*words: str) -> Kind:
     def read(value: object) -> str:
         word = _text(value)
-        if aliases is not None:
-            word = word.lower()
-            word = aliases.get(word, word)
         if word not in words:
             raise ValueError(value)
         return word
 
     return Kind(f"one of {', '.join(words)}", read)
+
+
+def log_level() -> Kind:
+    """A level by the name that Python's logging has for it, from that or any name that the Go program took."""
+    names = {"warn": "warning", "fatal": "critical", "panic": "critical"}
+    levels = choice("debug", "info", "warning", "error", "critical")
+
+    def read(value: object) -> object:
+        word = _text(value).lower()
+        return levels.read(names.get(word, word))
+
+    return Kind(f"{levels.expects}, fatal", read)
 
 
 def path() -> Kind:
