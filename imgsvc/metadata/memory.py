@@ -1,0 +1,134 @@
+"""Metadata store type "memory": records in a dict. It keeps the protocol honest, and makes tests fast."""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+
+from imgsvc.errors import Conflict, NotFound, SourceTaken
+from imgsvc.metadata.image import Image, ImageType, Status
+from imgsvc.metadata.store import Entry, Member
+
+_PAGE = 1_000
+
+
+class MemoryMetadataStore:
+    """Records that live as long as this object; a `MetadataStore`."""
+
+    def __init__(self, member: Member) -> None:
+        self._member = member
+        self._identity = str(uuid.uuid4())
+        self._lock = threading.Lock()
+        self._images: dict[str, Image] = {}
+        self._ids_by_source: dict[str, str] = {}
+        self._held: set[str] = set()
+
+    @property
+    def identity(self) -> str:
+        return self._identity
+
+    def list(self, image_type: ImageType | None = None) -> Iterator[Sequence[Image]]:
+        for page in self._pages():
+            if images := [entry.image for entry in page if image_type in (None, entry.image.type)]:
+                yield images
+
+    def survey(self) -> Iterator[Sequence[Entry]]:
+        yield from self._pages()
+
+    def get(self, image_id: str) -> Image:
+        with self._lock:
+            return self._find(image_id)
+
+    def get_by_source(self, source: str) -> Image:
+        with self._lock:
+            image_id = self._ids_by_source.get(source)
+            if image_id is None:
+                raise NotFound(f"there is no image from {source}")
+            return self._images[image_id]
+
+    def create(self, image: Image) -> Image:
+        created = dataclasses.replace(image, revision=1)
+        with self._lock:
+            stored = self._images.get(image.id)
+            if stored is not None:
+                if dataclasses.replace(stored, revision=1) == created:
+                    return stored  # the same call, once more
+                raise Conflict(f"the id {image.id} is in use")
+            if image.source in self._ids_by_source:
+                raise SourceTaken(self._images[self._ids_by_source[image.source]])
+            if image.source:
+                self._ids_by_source[image.source] = image.id
+            self._store(created)
+            return created
+
+    def update(self, image: Image) -> Image:
+        updated = dataclasses.replace(image, revision=image.revision + 1)
+        with self._lock:
+            stored = self._find(image.id)
+            if stored == updated:
+                return updated  # the same call, once more
+            if stored.revision != image.revision:
+                raise Conflict(f"image {image.id} has changed since it was read")
+            self._store(updated)
+            return updated
+
+    def delete(self, image_id: str) -> Image:
+        with self._lock:
+            image = self._find(image_id)
+            del self._images[image_id]
+            self._held.discard(image_id)
+            if self._ids_by_source.get(image.source) == image_id:
+                del self._ids_by_source[image.source]
+            return image
+
+    def hold(self, image_id: str) -> None:
+        with self._lock:
+            self._find(image_id)
+            self._held.add(image_id)
+
+    def release(self, image_id: str) -> None:
+        with self._lock:
+            self._held.discard(image_id)
+
+    def holders(self, image_id: str) -> Sequence[str]:
+        self.get(image_id)
+        return ()
+
+    def follow_deletions(self, deleted: Callable[[str], None], gap: Callable[[], None]) -> None:
+        """Every deletion is made through this object, so nobody has to be told."""
+
+    def ping(self) -> None:
+        """Memory is always there."""
+
+    def close(self) -> None:
+        """There is nothing to let go of."""
+
+    def _pages(self) -> Iterator[Sequence[Entry]]:
+        after = ""
+        while page := self._page(after):
+            yield page
+            after = page[-1].image.id
+
+    def _page(self, after: str) -> Sequence[Entry]:
+        with self._lock:
+            ids = heapq.nsmallest(_PAGE, (image_id for image_id in self._images if image_id > after))
+            return [self._entry(self._images[image_id]) for image_id in ids]
+
+    def _entry(self, image: Image) -> Entry:
+        return Entry(image, owner=self._member.id if image.in_transfer else None, here=image.id in self._held)
+
+    def _find(self, image_id: str) -> Image:
+        image = self._images.get(image_id)
+        if image is None:
+            raise NotFound(f"there is no image {image_id}")
+        return image
+
+    def _store(self, image: Image) -> None:
+        self._images[image.id] = image
+        if image.status is Status.COMPLETE:
+            self._held.add(image.id)
+        else:
+            self._held.discard(image.id)

@@ -1,0 +1,337 @@
+"""Metadata store type "sqlite": records in one SQLite file, for a service that shares them with no other host."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import queue
+import sqlite3
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from imgsvc.errors import ConfigError, Conflict, Invalid, NoSpace, NotFound, SourceTaken, Unavailable
+from imgsvc.metadata.ballast import BALLAST_SIZE, Ballast
+from imgsvc.metadata.image import Image, ImageType, Status
+from imgsvc.metadata.store import Entry, Member
+
+_T = TypeVar("_T")
+
+_SCHEMA = "1"
+_PAGE = 1_000
+_READERS = 4
+_BUSY_SECONDS = 5.0
+
+# SQLite's default of 1,000 pages lets the log grow to 4 MiB. It must fit into the ballast, so that on a full disk it
+# can come round to its beginning again and again, and any number of records can be finished and deleted.
+_LOG_PAGES = 100
+
+_CREATE_META = "CREATE TABLE IF NOT EXISTS imgsvc_meta (key TEXT PRIMARY KEY NOT NULL, value TEXT NOT NULL)"
+_CREATE_IMAGES = """
+    CREATE TABLE IF NOT EXISTS imgsvc_images (
+        id TEXT PRIMARY KEY NOT NULL,
+        type TEXT NOT NULL,
+        source TEXT UNIQUE,
+        document TEXT NOT NULL,
+        revision INTEGER NOT NULL,
+        holder TEXT
+    )"""
+_CREATE_TYPE_INDEX = "CREATE INDEX IF NOT EXISTS imgsvc_images_type ON imgsvc_images (type, id)"
+
+_BY_ID = "SELECT id, document, revision, holder FROM imgsvc_images WHERE id = ?"
+_BY_SOURCE = "SELECT id, document, revision, holder FROM imgsvc_images WHERE source = ?"
+_AFTER = "SELECT id, document, revision, holder FROM imgsvc_images WHERE id > ? ORDER BY id LIMIT ?"
+_TYPE_AFTER = "SELECT id, document, revision, holder FROM imgsvc_images WHERE type = ? AND id > ? ORDER BY id LIMIT ?"
+
+
+class SqliteMetadataStore:
+    """Records in one file, in tables whose names begin with `imgsvc_`; a `MetadataStore`.
+
+    What a call has written is on the disk when it returns. `take_over` runs in the transaction that makes the tables,
+    at every opening: what another program left is imported whole or not at all. A file that is refused stays as it
+    was. The directory must exist.
+    """
+
+    def __init__(
+        self, filename: Path, member: Member, take_over: Callable[[sqlite3.Connection], None] | None = None
+    ) -> None:
+        """Raises ConfigError when the file cannot be used."""
+        self._filename = filename.absolute()
+        self._member = member
+        self._lock = threading.Lock()
+        try:
+            self._ballast = Ballast(Path(f"{self._filename}.ballast"))
+            self._open(take_over)
+            self._ballast.restore()
+        except (sqlite3.Error, OSError) as error:
+            raise ConfigError(f"{filename} cannot hold the metadata: {error}") from error
+
+    @property
+    def identity(self) -> str:
+        return self._identity
+
+    def list(self, image_type: ImageType | None = None) -> Iterator[Sequence[Image]]:
+        for rows in self._pages(image_type):
+            yield [_image(row) for row in rows]
+
+    def survey(self) -> Iterator[Sequence[Entry]]:
+        for rows in self._pages(None):
+            yield [self._entry(row) for row in rows]
+
+    def get(self, image_id: str) -> Image:
+        with self._translated(), self._reader() as reader:
+            return _find(reader, _BY_ID, image_id)
+
+    def get_by_source(self, source: str) -> Image:
+        with self._translated(), self._reader() as reader:
+            return _find(reader, _BY_SOURCE, source)
+
+    def create(self, image: Image) -> Image:
+        created = dataclasses.replace(image, revision=1)
+
+        def insert(writer: sqlite3.Connection) -> Image:
+            stored = _search(writer, _BY_ID, image.id)
+            if stored is not None:
+                if dataclasses.replace(stored, revision=1) == created:
+                    return stored  # the same call, once more
+                raise Conflict(f"the id {image.id} is in use")
+            claimant = _search(writer, _BY_SOURCE, image.source)
+            if claimant is not None:
+                raise SourceTaken(claimant)
+            insert_record(writer, created, claimed_source=image.source or None, holder=self._holder_of(image))
+            return created
+
+        return self._write(insert)
+
+    def update(self, image: Image) -> Image:
+        updated = dataclasses.replace(image, revision=image.revision + 1)
+        change = (updated.to_json(), updated.revision, self._holder_of(image), image.id, image.revision)
+
+        def replace(writer: sqlite3.Connection) -> Image:
+            done = writer.execute(
+                "UPDATE imgsvc_images SET document = ?, revision = ?, holder = ? WHERE id = ? AND revision = ?", change
+            )
+            if done.rowcount or _find(writer, _BY_ID, image.id) == updated:  # now, or by the same call before
+                return updated
+            raise Conflict(f"image {image.id} has changed since it was read")
+
+        return self._write(replace, may_need_ballast=not image.in_transfer)
+
+    def delete(self, image_id: str) -> Image:
+        def remove(writer: sqlite3.Connection) -> Image:
+            image = _find(writer, _BY_ID, image_id)
+            writer.execute("DELETE FROM imgsvc_images WHERE id = ?", (image_id,))
+            return image
+
+        return self._write(remove, may_need_ballast=True)
+
+    def hold(self, image_id: str) -> None:
+        if not self._set_holder(image_id, self._member.id):
+            raise NotFound(f"there is no image {image_id}")
+
+    def release(self, image_id: str) -> None:
+        self._set_holder(image_id, None)
+
+    def holders(self, image_id: str) -> Sequence[str]:
+        self.get(image_id)
+        return ()
+
+    def follow_deletions(self, deleted: Callable[[str], None], gap: Callable[[], None]) -> None:
+        """Every deletion is made through this object, so nobody has to be told."""
+
+    def ping(self) -> None:
+        def note(writer: sqlite3.Connection) -> None:
+            set_meta(writer, "pinged", datetime.now(UTC).isoformat())
+
+        with self._translated(), self._reader() as reader:
+            reader.execute("SELECT id FROM imgsvc_images LIMIT 1").fetchone()
+        try:
+            self._write(note)
+        except NoSpace as error:
+            raise Unavailable(str(error)) from error
+
+    def close(self) -> None:
+        """Waits for the calls under way; a later one raises Unavailable."""
+        with self._lock:
+            readers = [self._readers.get() for _ in range(_READERS)]
+            for connection in (*readers, self._writer):
+                connection.close()
+            for connection in readers:
+                self._readers.put(connection)
+
+    def _open(self, take_over: Callable[[sqlite3.Connection], None] | None) -> None:
+        """Opens the file, with the ballast's room when the disk is too full even for that."""
+        try:
+            self._connect_all(take_over)
+        except sqlite3.Error as error:
+            if not (self._is_no_space(error) and self._ballast.drop()):
+                raise
+            self._connect_all(take_over)
+
+    def _connect_all(self, take_over: Callable[[sqlite3.Connection], None] | None) -> None:
+        with contextlib.ExitStack() as opened:
+
+            def connect() -> sqlite3.Connection:
+                connection = sqlite3.connect(
+                    self._filename, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+                )
+                opened.enter_context(contextlib.closing(connection))
+                connection.execute("PRAGMA synchronous = FULL")
+                return connection
+
+            self._writer = connect()
+            self._identity = self._commit(lambda writer: _prepare(writer, self._filename, take_over))
+            # Only now: this writes to the file, and one that _prepare refuses may be somebody else's.
+            self._writer.execute("PRAGMA journal_mode = WAL")
+            self._writer.execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}")
+            self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
+            for _ in range(_READERS):
+                self._readers.put(connect())
+            opened.pop_all()
+
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[sqlite3.Connection]:
+        """One of a few connections that read while the writer writes."""
+        connection = self._readers.get()
+        try:
+            yield connection
+        finally:
+            self._readers.put(connection)
+
+    def _write(self, change: Callable[[sqlite3.Connection], _T], *, may_need_ballast: bool = False) -> _T:
+        """Commits `change`. One that helps to end a shortage of space gets the ballast's room when it needs it; a
+        new record or a transfer's progress does not: it would use up the room and change nothing."""
+        with self._lock, self._translated():
+            try:
+                result = self._commit(change)
+            except sqlite3.Error as error:
+                if not (may_need_ballast and self._is_no_space(error) and self._ballast.drop()):
+                    raise
+                result = self._commit(change)
+            self._ballast.restore()
+            return result
+
+    def _commit(self, change: Callable[[sqlite3.Connection], _T]) -> _T:
+        self._writer.execute("BEGIN IMMEDIATE")
+        try:
+            result = change(self._writer)
+            self._writer.execute("COMMIT")
+        except BaseException:
+            if self._writer.in_transaction:  # SQLite itself rolls back after some errors
+                self._writer.execute("ROLLBACK")
+            raise
+        return result
+
+    def _pages(self, image_type: ImageType | None) -> Iterator[Sequence[Any]]:
+        """Rows ordered by id. Each page is a read of its own: one that lasted as long as a slow client takes would
+        keep the log from being reused."""
+        after = ""
+        while rows := self._page(image_type, after):
+            yield rows
+            after = rows[-1][0]
+
+    def _page(self, image_type: ImageType | None, after: str) -> Sequence[Any]:
+        with self._translated(), self._reader() as reader:
+            if image_type is None:
+                return reader.execute(_AFTER, (after, _PAGE)).fetchall()
+            return reader.execute(_TYPE_AFTER, (image_type.value, after, _PAGE)).fetchall()
+
+    def _entry(self, row: Any) -> Entry:
+        image = _image(row)
+        return Entry(image, owner=self._member.id if image.in_transfer else None, here=row[3] is not None)
+
+    def _holder_of(self, image: Image) -> str | None:
+        return self._member.id if image.status is Status.COMPLETE else None
+
+    def _set_holder(self, image_id: str, holder: str | None) -> bool:
+        def note(writer: sqlite3.Connection) -> bool:
+            done = writer.execute("UPDATE imgsvc_images SET holder = ? WHERE id = ?", (holder, image_id))
+            return done.rowcount == 1
+
+        return self._write(note, may_need_ballast=True)
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except UnicodeEncodeError as error:
+            raise Invalid("the text of an image must be Unicode without lone surrogates") from error
+        except sqlite3.Error as error:
+            if self._is_no_space(error):
+                raise NoSpace(f"no space left for {self._filename}") from error
+            raise Unavailable(f"{self._filename}: {error}") from error
+
+    def _is_no_space(self, error: sqlite3.Error) -> bool:
+        """SQLite calls only a write's ENOSPC full. A quota (EDQUOT, which is what ZFS says), and a full disk met
+        while syncing, are input/output errors to it; then the file system is asked."""
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest is SQLite's detail
+        if code != sqlite3.SQLITE_IOERR:
+            return code == sqlite3.SQLITE_FULL
+        with contextlib.suppress(OSError):
+            disk = os.statvfs(self._filename.parent)
+            return disk.f_bavail * disk.f_frsize < BALLAST_SIZE
+        return False
+
+
+def insert_record(
+    connection: sqlite3.Connection, image: Image, *, claimed_source: str | None, holder: str | None
+) -> None:
+    """Stores `image` as it is, at its revision. Raises ValueError when its text is no Unicode."""
+    connection.execute(
+        "INSERT INTO imgsvc_images (id, type, source, document, revision, holder) VALUES (?, ?, ?, ?, ?, ?)",
+        (image.id, image.type.value, claimed_source, image.to_json(), image.revision, holder),
+    )
+
+
+def get_meta(connection: sqlite3.Connection, key: str) -> str | None:
+    row = connection.execute("SELECT value FROM imgsvc_meta WHERE key = ?", (key,)).fetchone()
+    return None if row is None else str(row[0])
+
+
+def set_meta(connection: sqlite3.Connection, key: str, value: str) -> None:
+    connection.execute("INSERT OR REPLACE INTO imgsvc_meta (key, value) VALUES (?, ?)", (key, value))
+
+
+def _prepare(
+    connection: sqlite3.Connection, filename: Path, take_over: Callable[[sqlite3.Connection], None] | None
+) -> str:
+    """Makes the tables where they are missing, and returns the identity of the records."""
+    connection.execute(_CREATE_META)
+    schema = get_meta(connection, "schema")
+    if schema is None:
+        set_meta(connection, "schema", _SCHEMA)
+        set_meta(connection, "identity", str(uuid.uuid4()))
+    elif schema != _SCHEMA:
+        raise ConfigError(f"{filename} has schema {schema}, of a newer imgsvc; this one knows schema {_SCHEMA}")
+    connection.execute(_CREATE_IMAGES)
+    connection.execute(_CREATE_TYPE_INDEX)
+    if take_over is not None:
+        take_over(connection)
+    identity = get_meta(connection, "identity")
+    if identity is None:
+        raise ConfigError(f"{filename} does not say which records it holds: its table imgsvc_meta has no identity")
+    return identity
+
+
+def _search(connection: sqlite3.Connection, query: str, wanted: str) -> Image | None:
+    row = connection.execute(query, (wanted,)).fetchone()
+    return None if row is None else _image(row)
+
+
+def _find(connection: sqlite3.Connection, query: str, wanted: str) -> Image:
+    image = _search(connection, query, wanted)
+    if image is None:
+        raise NotFound(f"there is no image {wanted}")
+    return image
+
+
+def _image(row: Any) -> Image:
+    image_id, document, revision, _ = row
+    try:
+        return Image.from_json(document, revision)
+    except ValueError as error:
+        raise Unavailable(f"the record of image {image_id} cannot be read: {error}") from error
