@@ -54,10 +54,10 @@ class FileWriter:
             self._ended()
 
     def abort(self) -> None:
-        self._drop(remove=True)
+        self._drop(empty=True)
 
     def close(self) -> None:
-        self._drop(remove=False)
+        self._drop(empty=False)
 
     def _begin(self) -> int:
         """The descriptor, for a step after which the image is broken unless the step ends well.
@@ -85,19 +85,19 @@ class FileWriter:
             self._directory.rename(self._id, self._partial)
             raise
 
-    def _drop(self, *, remove: bool) -> None:
-        with self._lock, translated(f"drop image {self._id}"):
+    def _drop(self, *, empty: bool) -> None:
+        with self._lock:
             if self._state in (_State.COMMITTED, _State.DROPPED):
                 return
             self._state = _State.DROPPED
-            try:
-                if remove:
-                    self._directory.remove(self._partial)
-            finally:
-                # Some file systems report only here what they could not write; it is not wanted any more.
+            # Some file systems report only here what they could not write; it is not wanted any more.
+            with suppress(OSError):
+                self._release()
+            if empty:
+                # Where this fails, `unclaim`, which is to follow, gives the space back or says why it cannot.
                 with suppress(OSError):
-                    self._release()
-                self._ended()
+                    os.close(self._directory.open(self._partial, os.O_WRONLY | os.O_TRUNC))
+            self._ended()
 
     def _release(self) -> None:
         descriptor, self._descriptor = self._descriptor, None

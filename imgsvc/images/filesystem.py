@@ -68,6 +68,10 @@ class FilesystemImageStore:
         return self._member
 
     @property
+    def place(self) -> str:
+        return str(self._path)
+
+    @property
     def fresh(self) -> bool:
         return self._marker is None
 
@@ -102,8 +106,7 @@ class FilesystemImageStore:
         path = _incoming(image_id)
         self._require_marked()
         with self._lock:
-            if image_id in self._writing:
-                raise Conflict(f"image {image_id} is being written")
+            self._refuse_second_writer(image_id)
         with translated(f"drop image {image_id}"):
             self._directory.remove(path)
 
@@ -114,18 +117,11 @@ class FilesystemImageStore:
         path = _incoming(image_id)
         self._require_marked()
         with self._lock:
-            if image_id in self._writing:
-                raise Conflict(f"image {image_id} is being written")
+            self._refuse_second_writer(image_id)
             self._writing.add(image_id)
         try:
             with translated(f"write image {image_id}"):
-                if self._directory.exists(image_id):
-                    raise Conflict(f"image {image_id} is stored already")
-                try:
-                    descriptor = self._directory.open(path, os.O_WRONLY | os.O_TRUNC)
-                except FileNotFoundError:
-                    self.claim(image_id)
-                    descriptor = self._directory.open(path, os.O_WRONLY)
+                descriptor = self._begin(image_id, path)
         except BaseException:
             self._ended(image_id)
             raise
@@ -178,6 +174,19 @@ class FilesystemImageStore:
             for entry in self._directory.entries(path):
                 if is_id(entry.name) and entry.is_file():
                     yield entry.name
+
+    def _begin(self, image_id: str, path: str) -> int:
+        if self._directory.exists(image_id):
+            raise Conflict(f"image {image_id} is stored already")
+        try:
+            return self._directory.open(path, os.O_WRONLY | os.O_TRUNC)
+        except FileNotFoundError:
+            self.claim(image_id)
+            return self._directory.open(path, os.O_WRONLY)
+
+    def _refuse_second_writer(self, image_id: str) -> None:
+        if image_id in self._writing:
+            raise Conflict(f"image {image_id} is being written")
 
     def _ended(self, image_id: str) -> None:
         with self._lock:

@@ -28,6 +28,10 @@ class MemoryImageStore:
         return self._member
 
     @property
+    def place(self) -> str:
+        return "memory"
+
+    @property
     def fresh(self) -> bool:
         return self._records is None
 
@@ -117,12 +121,11 @@ class MemoryImageStore:
             self._images[image_id] = self._incoming.pop(image_id)
             self._writing.discard(image_id)
 
-    def drop(self, image_id: str, *, remove: bool) -> None:
+    def drop(self, image_id: str, *, empty: bool) -> None:
         with self._lock:
             self._writing.discard(image_id)
-            if remove:
-                self._require_writable()
-                del self._incoming[image_id]
+            if empty:
+                self._incoming[image_id] = bytearray()
 
     def _refuse_second_writer(self, image_id: str) -> None:
         if image_id in self._writing:
@@ -160,20 +163,20 @@ class _MemoryWriter:
         self._committed = True
 
     def abort(self) -> None:
-        self._drop(remove=True)
+        self._drop(empty=True)
 
     def close(self) -> None:
-        self._drop(remove=False)
+        self._drop(empty=False)
 
     def _begin(self) -> None:
         if not self._open or not self._sound:
             raise Unavailable(f"image {self._id} is no longer being written")
         self._sound = False
 
-    def _drop(self, *, remove: bool) -> None:
+    def _drop(self, *, empty: bool) -> None:
         if self._open:
             self._open = False
-            self._store.drop(self._id, remove=remove)
+            self._store.drop(self._id, empty=empty)
 
 
 class _MemoryReader:

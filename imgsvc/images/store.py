@@ -99,7 +99,7 @@ class ImageStore(Protocol):
 
     def writer(self, image_id: str) -> ImageWriter:
         """Begins the image anew, claiming it, and dropping what an earlier unfinished writer left. The claim goes with
-        `commit` or `unclaim`."""
+        `commit` or `unclaim`. Raises Conflict when the image is committed, or another writer of it is open."""
 
     def size(self, image_id: str) -> int:
         """Bytes of a committed image. Raises NotFound."""
