@@ -16,6 +16,8 @@ from imgsvc.metadata.kvite import open_kvite
 from imgsvc.metadata.memory import MemoryMetadataStore
 from imgsvc.metadata.sqlite import SqliteMetadataStore
 from imgsvc.metadata.store import Member, MetadataStore
+from tests.etcd_cluster import EtcdCluster
+from tests.metadata.etcd_store import open_store
 
 MEMBER = Member(id=new_id(), site="one.example:/images", url="http://one.example:20000")
 
@@ -58,6 +60,16 @@ def _kvite_places(request: pytest.FixtureRequest) -> Callable[[], Opener]:
     return place
 
 
+def _etcd_places(request: pytest.FixtureRequest) -> Callable[[], Opener]:
+    cluster: EtcdCluster = request.getfixturevalue("etcd_cluster")
+
+    def place() -> Opener:
+        prefix = f"/test-{new_id()}"
+        return lambda: open_store(cluster.endpoints, prefix, MEMBER)
+
+    return place
+
+
 def _new_files(request: pytest.FixtureRequest) -> Iterator[Path]:
     directory: Path = request.getfixturevalue("tmp_path")
     return (directory / f"{number}.db" for number in itertools.count())
@@ -68,6 +80,7 @@ KINDS: dict[str, Kind] = {
     "memory": Kind(_memory_places, keeps_records=False, examples=100),
     "sqlite": Kind(_sqlite_places, keeps_records=True, examples=25),
     "kvite": Kind(_kvite_places, keeps_records=True, examples=10),
+    "etcd": Kind(_etcd_places, keeps_records=True, examples=5),
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -13,10 +12,10 @@ from typing import TypeVar
 
 import pytest
 
-import imgsvc.metadata
-from imgsvc.errors import Conflict, ImgsvcError, NotFound, SourceTaken
+from imgsvc.errors import Conflict, ImgsvcError, Invalid, NotFound, SourceTaken
 from imgsvc.metadata.image import Image, ImageType, Status, new_id
 from imgsvc.metadata.store import Entry, MetadataStore
+from imgsvc.settings import MetadataStoreSettings
 from tests.metadata.conftest import KINDS, MEMBER, Opener
 
 _T = TypeVar("_T")
@@ -52,9 +51,10 @@ def at_once(calls: Sequence[Callable[[], _T]]) -> list[_T | ImgsvcError]:
 
 
 def test_every_store_type_is_in_this_suite() -> None:
-    """A module of imgsvc.metadata that is none of these parts is a store type, and passes this suite."""
-    parts = {"image", "store", "ballast"}
-    assert set(KINDS) == {module.name for module in pkgutil.iter_modules(imgsvc.metadata.__path__)} - parts
+    """Whatever `metadataStoreType` may be in the settings passes this suite."""
+    (field,) = [field for field in dataclasses.fields(MetadataStoreSettings) if field.name == "type"]
+    expected: str = field.metadata["setting"].kind.expects
+    assert set(expected.removeprefix("one of ").split(", ")) == set(KINDS)
 
 
 class TestFailures:
@@ -124,6 +124,17 @@ class TestFailures:
             store.create(second)
         assert taken.value.image == first
         assert listed(store) == [first]
+
+    def test_text_that_is_none(self, store: MetadataStore) -> None:
+        """JSON can escape half a character (a lone surrogate), which no UTF-8 can hold: Invalid, and no trace."""
+        with pytest.raises(Invalid):
+            store.create(image(SOURCE, comment="\ud800"))
+        with pytest.raises(Invalid):
+            store.create(image(SOURCE + "\udfff"))
+        created = store.create(image(SOURCE))
+        with pytest.raises(Invalid):
+            store.update(created.failed("\ud800"))
+        assert listed(store) == [created]
 
     def test_hold_of_a_missing_image(self, store: MetadataStore) -> None:
         """Nobody can hold, and nobody is asked who holds, what is not there; letting go of it is fine."""

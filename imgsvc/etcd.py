@@ -1,0 +1,317 @@
+"""One connection to an etcd cluster: addresses, TLS, user, failover, time-outs, and etcd's errors as ours.
+
+The failover is our own and not gRPC's, which stays with a member whose connection is open although it answers
+nothing, and which takes several addresses only as numbers, not as the names that TLS certificates are made out to.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+
+from imgsvc.errors import ConfigError, ImgsvcError, NoSpace, Unavailable
+from imgsvc.etcd_messages import (
+    Comparison,
+    Etcd3Client,
+    Operation,
+    Outcome,
+    Page,
+    etcdrpc,
+    found_by,
+    key_values,
+    raw,
+    text,
+)
+
+_T = TypeVar("_T")
+
+_DEFAULT_PORT = 2379
+# Between two rounds in which no endpoint answered.
+_PAUSE_SECONDS = 0.2
+_OPTIONS = (
+    # A page of large records may be larger than the 4 MiB that gRPC takes by itself.
+    ("grpc.max_receive_message_length", -1),
+    # Back within seconds of a member that is back. The least of these is also what a connection attempt may take.
+    ("grpc.initial_reconnect_backoff_ms", 500),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 1500),
+    # A host that lost its power closes no connection; etcd forbids to ask more often than every 5 s, or without a call.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 3000),
+    # A proxy for the web is no way to the members of a cluster.
+    ("grpc.enable_http_proxy", 0),
+)
+# The endpoint is at fault, or its network, or it has lost its cluster: another one may do better.
+_TRY_ANOTHER = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.CANCELLED,
+}
+# A token that expired or is from before etcd's restart, and (INVALID_ARGUMENT) one from before a change of users.
+_TOKEN_REFUSED = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.INVALID_ARGUMENT}
+
+
+class Compacted(Unavailable):
+    """etcd no longer has the revision that was asked for."""
+
+
+class LeaseLost(Unavailable):
+    """etcd has no such lease, or no longer."""
+
+
+class _Endpoint:
+    """One machine: its channel, and the token that it gave us."""
+
+    def __init__(self, host: str, port: int, files: Sequence[Path | None]) -> None:
+        cert, key, ca_cert = (None if path is None else str(path) for path in files)
+        self.address = f"{host}:{port}"
+        try:
+            self.client = Etcd3Client(
+                host=host, port=port, cert_cert=cert, cert_key=key, ca_cert=ca_cert, grpc_options=_OPTIONS
+            )
+        except OSError as error:
+            raise ConfigError(f"etcd: {error.filename} cannot be read: {error.strerror}") from error
+        self.auth = etcdrpc.AuthStub(self.client.channel)
+        self.watch = etcdrpc.WatchStub(self.client.channel)
+        self.token: str | None = None
+
+
+class Etcd:
+    """Any thread may call; make it after a fork. Each call goes to the endpoint that worked last, and on to the next
+    when that one fails or is silent for `attempt_timeout`. After `timeout` (both in seconds) it raises Unavailable;
+    so does whatever else etcd refuses, except that a write that finds no room raises NoSpace.
+    """
+
+    def __init__(
+        self,
+        machines: Sequence[str],
+        *,
+        cert: Path | None = None,
+        key: Path | None = None,
+        ca_cert: Path | None = None,
+        user: str = "",
+        password: str = "",
+        timeout: float = 8.0,
+        attempt_timeout: float = 2.0,
+    ) -> None:
+        """`machines` are URLs: all https when the three TLS files are given, else all http. Raises ConfigError."""
+        files = (cert, key, ca_cert)
+        if any(files) != all(files):
+            raise ConfigError("etcd: cert, key and caCert go together: all three or none")
+        if bool(user) != bool(password):
+            raise ConfigError("etcd: user and password go together")
+        if not machines:
+            raise ConfigError("etcd: machines is empty")
+        addresses = [_address(machine, "https" if all(files) else "http") for machine in machines]
+        self._user, self._password = user, password
+        self._timeout, self._attempt_timeout = timeout, attempt_timeout
+        self._closed = threading.Event()
+        self._lock = threading.Lock()
+        self._current = 0
+        self._endpoints = [_Endpoint(host, port, files) for host, port in addresses]
+
+    def __str__(self) -> str:
+        return "etcd at " + ", ".join(endpoint.address for endpoint in self._endpoints)
+
+    def range(
+        self,
+        key: str,
+        end: str = "",
+        *,
+        limit: int = 0,
+        revision: int = 0,
+        keys_only: bool = False,
+        timeout: float | None = None,
+    ) -> Page:
+        """The key, or those from it up to `end`: as a majority of the cluster has them now, or as they were at
+        `revision`, which may be Compacted."""
+        request = etcdrpc.RangeRequest(
+            key=raw(key), range_end=raw(end), limit=limit, revision=revision, keys_only=keys_only
+        )
+        answer = self._call(lambda endpoint, **options: endpoint.client.kvstub.Range(request, **options), timeout)
+        return Page(key_values(answer.kvs), answer.more, answer.header.revision, answer.header.cluster_id)
+
+    def transact(
+        self,
+        comparisons: Sequence[Comparison],
+        success: Sequence[Operation],
+        failure: Sequence[Operation] = (),
+        *,
+        timeout: float | None = None,
+    ) -> Outcome:
+        """Runs one of the two branches, in one step. Raises LeaseLost when a put names a lease that is gone."""
+        request = etcdrpc.TxnRequest(compare=comparisons, success=success, failure=failure)
+        attempts = 0
+
+        def attempt(endpoint: _Endpoint, **options: Any) -> Any:
+            nonlocal attempts
+            attempts += 1
+            return endpoint.client.kvstub.Txn(request, **options)
+
+        answer = self._call(attempt, timeout)
+        found = [found_by(response) for response in answer.responses]
+        return Outcome(answer.succeeded, answer.header.revision, found, repeated=attempts > 1)
+
+    def grant(self, ttl: int, timeout: float | None = None) -> int:
+        """The id of a new lease of `ttl` seconds."""
+        request = etcdrpc.LeaseGrantRequest(TTL=ttl)
+        answer = self._call(
+            lambda endpoint, **options: endpoint.client.leasestub.LeaseGrant(request, **options), timeout
+        )
+        return int(answer.ID)
+
+    def keep_alive(self, lease: int, timeout: float | None = None) -> None:
+        """Gives the lease its full time again. Raises LeaseLost."""
+        request = etcdrpc.LeaseKeepAliveRequest(ID=lease)
+
+        def attempt(endpoint: _Endpoint, **options: Any) -> int:
+            return sum(answer.TTL for answer in endpoint.client.leasestub.LeaseKeepAlive(iter([request]), **options))
+
+        if self._call(attempt, timeout) <= 0:
+            raise LeaseLost(f"{self} has no lease {lease:x}")
+
+    def revoke(self, lease: int, timeout: float | None = None) -> None:
+        """Ends the lease, and with it its keys. Raises LeaseLost when it had ended."""
+        request = etcdrpc.LeaseRevokeRequest(ID=lease)
+        self._call(lambda endpoint, **options: endpoint.client.leasestub.LeaseRevoke(request, **options), timeout)
+
+    def deletions(
+        self, key: str, end: str, revision: int, seconds: float, stop: threading.Event
+    ) -> Iterator[tuple[str, int]]:
+        """Each key from `key` up to `end` that is deleted at `revision` or later, with the revision of its deletion.
+
+        Ends after `seconds`, or sooner when `stop` is set. Raises Compacted, and Unavailable when the endpoint fails
+        or answers nothing; the next call then goes to another one.
+        """
+        endpoint = self._endpoint()
+        over = threading.Event()
+        create = etcdrpc.WatchCreateRequest(
+            key=raw(key), range_end=raw(end), start_revision=revision, filters=[etcdrpc.WatchCreateRequest.NOPUT]
+        )
+
+        def requests() -> Iterator[Any]:
+            yield etcdrpc.WatchRequest(create_request=create)
+            stop.wait(seconds)
+            over.set()
+            # The answer to this tells a quiet member from a dead one.
+            yield etcdrpc.WatchRequest(cancel_request=etcdrpc.WatchCancelRequest(watch_id=0))
+
+        try:
+            metadata = self._metadata(endpoint, self._attempt_timeout)
+            stream = endpoint.watch.Watch(requests(), timeout=seconds + self._attempt_timeout / 2, metadata=metadata)
+            try:
+                for answer in stream:
+                    if answer.compact_revision:
+                        raise Compacted(f"{self} has compacted revision {revision}")
+                    for event in answer.events:
+                        yield text(event.kv.key), event.kv.mod_revision
+                    if answer.canceled:
+                        break
+            finally:
+                stream.cancel()
+        except grpc.RpcError as error:
+            self._move_on(endpoint)
+            raise self._translated(error) from error
+        if not over.is_set():
+            self._move_on(endpoint)
+            raise Unavailable(f"{endpoint.address} has ended a watch: {answer.cancel_reason}")
+
+    def close(self) -> None:
+        """Ends what is under way as Unavailable; may be called twice."""
+        self._closed.set()
+        for endpoint in self._endpoints:
+            endpoint.client.close()
+
+    def _call(self, attempt: Callable[..., _T], timeout: float | None) -> _T:
+        total = self._timeout if timeout is None else timeout
+        deadline = time.monotonic() + total
+        # Half of a short time-out is left for another endpoint.
+        longest = min(self._attempt_timeout, total / 2)
+        failures = 0
+        while True:
+            endpoint = self._endpoint()
+            try:
+                return self._authenticated(endpoint, attempt, min(longest, max(deadline - time.monotonic(), 0.1)))
+            except grpc.RpcError as error:
+                if error.code() not in _TRY_ANOTHER or time.monotonic() >= deadline:
+                    raise self._translated(error) from error
+            self._move_on(endpoint)
+            failures += 1
+            if failures % len(self._endpoints) == 0:
+                self._closed.wait(_PAUSE_SECONDS)
+
+    def _authenticated(self, endpoint: _Endpoint, attempt: Callable[..., _T], timeout: float) -> _T:
+        try:
+            return attempt(endpoint, timeout=timeout, metadata=self._metadata(endpoint, timeout))
+        except grpc.RpcError as error:
+            if endpoint.token is None or error.code() not in _TOKEN_REFUSED:
+                raise
+        except ValueError as error:
+            # gRPC's way to say that another thread has closed the channel.
+            if not self._closed.is_set():
+                raise
+            raise Unavailable(f"the connection to {self} is closed") from error
+        endpoint.token = None
+        return attempt(endpoint, timeout=timeout, metadata=self._metadata(endpoint, timeout))
+
+    def _metadata(self, endpoint: _Endpoint, timeout: float) -> Any:
+        if not self._user:
+            return None
+        token = endpoint.token
+        if token is None:
+            token = endpoint.token = self._authenticate(endpoint, timeout)
+        return (("token", token),) if token else None
+
+    def _authenticate(self, endpoint: _Endpoint, timeout: float) -> str:
+        request = etcdrpc.AuthenticateRequest(name=self._user, password=self._password)
+        try:
+            return str(endpoint.auth.Authenticate(request, timeout=timeout).token)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                return ""  # etcd asks for no user yet; when it begins to, it refuses the call, and we are here again
+            raise
+
+    def _endpoint(self) -> _Endpoint:
+        if self._closed.is_set():
+            raise Unavailable(f"the connection to {self} is closed")
+        with self._lock:
+            return self._endpoints[self._current]
+
+    def _move_on(self, failed: _Endpoint) -> None:
+        """Only from the one that failed: another thread may have moved on from it before."""
+        with self._lock:
+            if self._endpoints[self._current] is failed:
+                self._current = (self._current + 1) % len(self._endpoints)
+
+    def _translated(self, error: grpc.RpcError) -> ImgsvcError:
+        code = error.code()
+        said = f"{self}: {error.details()} ({code.name})"
+        if code is grpc.StatusCode.OUT_OF_RANGE:
+            return Compacted(said)
+        if code is grpc.StatusCode.NOT_FOUND:
+            return LeaseLost(said)
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return NoSpace(said)
+        return Unavailable(said)
+
+
+def _address(machine: str, scheme: str) -> tuple[str, int]:
+    """Host and port of a machine's URL, the host as gRPC wants it. What else the URL has is not repeated in errors."""
+    try:
+        url = urllib.parse.urlsplit(machine)
+        host, port = url.hostname, url.port or _DEFAULT_PORT
+    except ValueError as error:
+        raise ConfigError(f"etcd: machines has something that is no URL: {error}") from error
+    if not host or url.scheme != scheme:
+        tls = "with" if scheme == "https" else "without"
+        raise ConfigError(f"etcd: machines must be {scheme}:// URLs {tls} cert, key and caCert, unlike {url.hostname}")
+    return (f"[{host}]" if ":" in host else host), port

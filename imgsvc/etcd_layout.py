@@ -1,0 +1,57 @@
+"""Where things are in etcd. Other programs read these keys; their names and values never change."""
+
+from __future__ import annotations
+
+import hashlib
+
+RECORD = "metadata"
+OWNER = "owner"
+REPLICAS = "replicas"
+
+
+class Layout:
+    """The keys under one prefix; '/lochness', 'lochness' and '/lochness/' are the same, and '' is none."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = "".join(f"/{part}" for part in prefix.split("/") if part)
+        self.images = f"{self.prefix}/images/"
+        self.sources = f"{self.prefix}/image-sources/"
+        self.members = f"{self.prefix}/image-members/"
+
+    def image(self, image_id: str) -> str:
+        """What all keys of one image begin with."""
+        return f"{self.images}{image_id}/"
+
+    def record(self, image_id: str) -> str:
+        """The image's document."""
+        return f"{self.images}{image_id}/{RECORD}"
+
+    def owner(self, image_id: str) -> str:
+        """The id of the member that is transferring it; on that member's lease."""
+        return f"{self.images}{image_id}/{OWNER}"
+
+    def replica(self, image_id: str, member: str) -> str:
+        """A note of that member, which holds the bytes."""
+        return f"{self.images}{image_id}/{REPLICAS}/{member}"
+
+    def replicas(self, image_id: str) -> str:
+        """What all notes of members that hold the bytes begin with."""
+        return f"{self.images}{image_id}/{REPLICAS}/"
+
+    def source(self, source: str) -> str:
+        """The id of the image that was made from this source."""
+        return f"{self.sources}{hashlib.sha256(source.encode(errors='surrogatepass')).hexdigest()}"
+
+    def member(self, member: str) -> str:
+        """What a running member says of itself; on its lease."""
+        return f"{self.members}{member}"
+
+    def split(self, key: str) -> tuple[str, str]:
+        """Image id, and the rest, of a key below `images`."""
+        image_id, _, rest = key.removeprefix(self.images).partition("/")
+        return image_id, rest
+
+
+def end_of(start: str) -> str:
+    """Where the range of the keys that begin with `start` ends."""
+    return start[:-1] + chr(ord(start[-1]) + 1)

@@ -1,0 +1,335 @@
+"""Metadata store type "etcd": records that a cluster of hosts shares."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Protocol, TypeVar
+
+import structlog
+
+from imgsvc.errors import Conflict, Invalid, NotFound, SourceTaken, Unavailable
+from imgsvc.etcd import Compacted, Etcd, LeaseLost
+from imgsvc.etcd_layout import OWNER, RECORD, REPLICAS, Layout, end_of
+from imgsvc.etcd_messages import (
+    KeyValue,
+    Operation,
+    Outcome,
+    created_at,
+    delete,
+    exists,
+    has_value,
+    modified_at,
+    put,
+    read,
+    when,
+)
+from imgsvc.metadata.etcd_watch import DeletionWatch
+from imgsvc.metadata.image import Image, ImageType, Status, format_time, is_id
+from imgsvc.metadata.store import Entry, Member
+
+_T = TypeVar("_T")
+
+_PAGE = 1_000
+# etcd takes 1.5 MiB in one request by default; the rest of it is for keys and notes.
+_LARGEST_DOCUMENT = 1024 * 1024
+# Creates of one source that find it taken by an image which is then gone; more in a row is no accident.
+_ATTEMPTS = 20
+_PING_SECONDS = 2.0
+
+_log = structlog.get_logger()
+
+
+class Leases(Protocol):
+    """Who keeps this member's lease."""
+
+    def lease(self, lost: int | None = None) -> int:
+        """A lease to put keys on, other than the `lost` one. Raises Unavailable while there is none."""
+
+    def on_new_lease(self, restore: Callable[[int], None]) -> None:
+        """Has `restore(lease)` called before a lease replaces a lost one."""
+
+
+class EtcdMetadataStore:
+    """A `MetadataStore`. An image's revision is that of its document in etcd. Does not close what it was given.
+
+    No locks, which are not safe under pauses: every write is one transaction that compares revisions.
+    """
+
+    def __init__(self, etcd: Etcd, prefix: str, member: Member, leases: Leases) -> None:
+        self._etcd = etcd
+        self._layout = Layout(prefix)
+        self._member = member
+        self._leases = leases
+        self._identity = ""
+        # Revisions by id of what this member is transferring, to own it again on a new lease.
+        self._owned: dict[str, int] = {}
+        self._watches: builtins.list[DeletionWatch] = []
+        leases.on_new_lease(self._own_again)
+
+    @property
+    def identity(self) -> str:
+        if not self._identity:
+            page = self._etcd.range(self._layout.images)
+            self._identity = f"etcd:{page.cluster:x}{self._layout.prefix}"
+        return self._identity
+
+    def list(self, image_type: ImageType | None = None) -> Iterator[Sequence[Image]]:
+        images = (
+            image
+            for item in self._scan(self._layout.images)
+            if self._layout.split(item.key)[1] == RECORD and (image := self._parsed(item)) is not None
+        )
+        yield from _pages(image for image in images if image_type in (None, image.type))
+
+    def survey(self) -> Iterator[Sequence[Entry]]:
+        """Records that came from elsewhere get their source claim here."""
+        claimed = {item.key for item in self._scan(self._layout.sources, keys_only=True)}
+        for page in _pages(self._entries()):
+            for entry, item in page:
+                if entry.image.source and self._layout.source(entry.image.source) not in claimed:
+                    self._etcd.transact([created_at(item.key, item.created)], self._claiming(entry.image))
+            yield [entry for entry, _ in page]
+
+    def get(self, image_id: str) -> Image:
+        return self._find(image_id)[0]
+
+    def get_by_source(self, source: str) -> Image:
+        claim = self._etcd.range(self._layout.source(source)).items
+        if not claim:
+            raise NotFound(f"there is no image from {source}")
+        return self.get(claim[0].value.decode())
+
+    def create(self, image: Image) -> Image:
+        dangling = None
+        for _ in range(_ATTEMPTS):
+            outcome = self._create(image, dangling)
+            if outcome.succeeded:
+                return self._written(image, outcome.revision)
+            stored, claims = outcome.found
+            if stored:
+                if stored[0].value.decode() == _document(image):
+                    return self._written(image, stored[0].modified)
+                raise Conflict(f"the id {image.id} is in use")
+            dangling = claims[0] if claims else None
+            if dangling is not None:
+                with contextlib.suppress(NotFound):
+                    raise SourceTaken(self.get(dangling.value.decode()))
+        raise Unavailable(f"the source of image {image.id} is claimed and let go all the time")
+
+    def update(self, image: Image) -> Image:
+        document, record = _document(image), self._layout.record(image.id)
+        outcome = self._with_surroundings(
+            image,
+            lambda surroundings: self._etcd.transact(
+                [exists(record), modified_at(record, image.revision)],
+                [put(record, document), *surroundings],
+                [read(record), read(self._layout.owner(image.id))],
+            ),
+        )
+        if outcome.succeeded:
+            return self._written(image, outcome.revision)
+        stored, owner = outcome.found
+        # The owner tells our own repeated write from another member's equal one.
+        if stored and stored[0].value.decode() == document and (not owner or self._is_mine(owner[0])):
+            return self._written(image, stored[0].modified)
+        self._owned.pop(image.id, None)
+        if not stored:
+            raise NotFound(f"there is no image {image.id}")
+        raise Conflict(f"image {image.id} has changed since it was read")
+
+    def delete(self, image_id: str) -> Image:
+        image, item = self._find(image_id)
+        start, claim = self._layout.image(image_id), self._layout.source(image.source)
+        outcome = self._etcd.transact(
+            [created_at(item.key, item.created)],
+            [delete(start, end_of(start)), when(has_value(claim, image_id), delete(claim))],
+        )
+        self._owned.pop(image_id, None)
+        if outcome.succeeded:
+            last = next(deleted for deleted in outcome.found[0] if deleted.key == item.key)
+            return self._parsed(last) or image
+        if outcome.repeated:
+            return image
+        raise NotFound(f"there is no image {image_id}")
+
+    def hold(self, image_id: str) -> None:
+        """A record that came from elsewhere gets its source claim here."""
+        image, item = self._find(image_id)
+        held = [put(self._layout.replica(image_id, self._member.id), self._note()), *self._claiming(image)]
+        if not self._etcd.transact([created_at(item.key, item.created)], held).succeeded:
+            raise NotFound(f"there is no image {image_id}")
+
+    def release(self, image_id: str) -> None:
+        self._etcd.transact([], [delete(self._layout.replica(image_id, self._member.id))])
+
+    def holders(self, image_id: str) -> Sequence[str]:
+        self.get(image_id)
+        start = self._layout.replicas(image_id)
+        notes = {item.key.removeprefix(start): _read_note(item) for item in self._scan(start)}
+        others = {member: note for member, note in notes.items() if not self._is_here(member, note)}
+        if others:
+            live = self._layout.members
+            others.update(
+                (member, _read_note(item))
+                for item in self._scan(live)
+                if (member := item.key.removeprefix(live)) in others
+            )
+        return [f"{member} at {note.get('url', 'an unknown address')}" for member, note in others.items()]
+
+    def follow_deletions(self, deleted: Callable[[str], None], gap: Callable[[], None]) -> None:
+        """A compaction of etcd since the last deletion makes for a gap."""
+        self._watches.append(DeletionWatch(self._etcd, self._layout, deleted, gap))
+
+    def ping(self) -> None:
+        self._etcd.range(self._layout.images, timeout=_PING_SECONDS)
+
+    def close(self) -> None:
+        while self._watches:
+            self._watches.pop().close()
+
+    def _create(self, image: Image, dangling: KeyValue | None) -> Outcome:
+        """The failure branch reads the record and the claim. `dangling` is a claim that was found to name an image
+        without a record; it is replaced."""
+        record, claim = self._layout.record(image.id), self._layout.source(image.source)
+        comparisons = [created_at(record, 0)]
+        success = [put(record, _document(image))]
+        if image.source:
+            comparisons.append(modified_at(claim, dangling.modified if dangling else 0))
+            success.append(put(claim, image.id))
+        if dangling:
+            comparisons.append(created_at(self._layout.record(dangling.value.decode()), 0))
+        return self._with_surroundings(
+            image,
+            lambda surroundings: self._etcd.transact(
+                comparisons, [*success, *surroundings], [read(record), read(claim)]
+            ),
+        )
+
+    def _with_surroundings(self, image: Image, write: Callable[[Sequence[Operation]], Outcome]) -> Outcome:
+        """`write`, with the operations that give the image its owner or holder."""
+        owner, replicas = self._layout.owner(image.id), self._layout.replicas(image.id)
+        if image.status is Status.COMPLETE:
+            return write([delete(owner), put(self._layout.replica(image.id, self._member.id), self._note())])
+        no_replicas = delete(replicas, end_of(replicas))
+        if not image.in_transfer:
+            return write([delete(owner), no_replicas])
+        lease = self._leases.lease()
+        try:
+            return write([put(owner, self._member.id, lease), no_replicas])
+        except LeaseLost:
+            return write([put(owner, self._member.id, self._leases.lease(lost=lease)), no_replicas])
+
+    def _written(self, image: Image, revision: int) -> Image:
+        if image.in_transfer:
+            self._owned[image.id] = revision
+        else:
+            self._owned.pop(image.id, None)
+        return dataclasses.replace(image, revision=revision)
+
+    def _own_again(self, lease: int) -> None:
+        for image_id, revision in self._owned.copy().items():
+            self._etcd.transact(
+                [modified_at(self._layout.record(image_id), revision)],
+                [put(self._layout.owner(image_id), self._member.id, lease)],
+            )
+
+    def _claiming(self, image: Image) -> Sequence[Operation]:
+        """What claims the image's source, if it has one that nobody has claimed."""
+        claim = self._layout.source(image.source)
+        return [when(created_at(claim, 0), put(claim, image.id))] if image.source else []
+
+    def _find(self, image_id: str) -> tuple[Image, KeyValue]:
+        items = self._etcd.range(self._layout.record(image_id)).items if is_id(image_id) else ()
+        if not items:
+            raise NotFound(f"there is no image {image_id}")
+        try:
+            return self._image(items[0]), items[0]
+        except ValueError as error:
+            raise Unavailable(f"what etcd has at {items[0].key} is no image: {error}") from error
+
+    def _image(self, item: KeyValue) -> Image:
+        """Raises ValueError when the document is none, or another image's."""
+        image = Image.from_json(item.value, item.modified)
+        if item.key != self._layout.record(image.id):
+            raise ValueError(f"it is of image {image.id}")
+        return image
+
+    def _parsed(self, item: KeyValue) -> Image | None:
+        try:
+            return self._image(item)
+        except ValueError as error:
+            _log.warning("no image document", key=item.key, reason=str(error))
+            return None
+
+    def _entries(self) -> Iterator[tuple[Entry, KeyValue]]:
+        items = self._scan(self._layout.images)
+        for _, group in itertools.groupby(items, lambda item: self._layout.split(item.key)[0]):
+            parts = {self._layout.split(item.key)[1]: item for item in group}
+            image = self._parsed(parts[RECORD]) if RECORD in parts else None
+            if image is None:
+                continue
+            owner = parts[OWNER].value.decode() if OWNER in parts else None
+            here = any(
+                self._is_here(name.removeprefix(f"{REPLICAS}/"), _read_note(item))
+                for name, item in parts.items()
+                if name.startswith(f"{REPLICAS}/")
+            )
+            yield Entry(image, owner, here), parts[RECORD]
+
+    def _scan(self, start: str, *, keys_only: bool = False) -> Iterator[KeyValue]:
+        """Every key that begins with `start`, in order: as they were at the first page, or, when etcd compacted that
+        away meanwhile, each page that follows as it is then."""
+        key, revision = start, 0
+        while True:
+            try:
+                page = self._etcd.range(key, end_of(start), limit=_PAGE, revision=revision, keys_only=keys_only)
+            except Compacted:
+                revision = 0
+                continue
+            yield from page.items
+            if not page.more:
+                return
+            key, revision = page.items[-1].key + "\0", revision or page.revision
+
+    def _is_here(self, member: str, note: dict[str, str]) -> bool:
+        return member == self._member.id or note.get("site") == self._member.site
+
+    def _is_mine(self, owner: KeyValue) -> bool:
+        return owner.value.decode() == self._member.id
+
+    def _note(self) -> str:
+        verified = format_time(datetime.now(UTC))
+        return json.dumps({"verified": verified, "site": self._member.site, "url": self._member.url})
+
+
+def _document(image: Image) -> str:
+    """Raises Invalid when etcd could not store it."""
+    document = image.to_json()
+    try:
+        size = len(document.encode())
+    except UnicodeEncodeError as error:
+        raise Invalid("source or comment has half a surrogate pair, which is no text") from error
+    if size > _LARGEST_DOCUMENT:
+        raise Invalid(f"source and comment make a record of {size} bytes, of which etcd takes {_LARGEST_DOCUMENT}")
+    return document
+
+
+def _read_note(item: KeyValue) -> dict[str, str]:
+    """What a member wrote; nothing, when another program wrote something else."""
+    try:
+        note = json.loads(item.value)
+    except ValueError:
+        return {}
+    return {key: value for key, value in note.items() if isinstance(value, str)} if isinstance(note, dict) else {}
+
+
+def _pages(images: Iterable[_T]) -> Iterator[Sequence[_T]]:
+    remaining = iter(images)
+    while page := tuple(itertools.islice(remaining, _PAGE)):
+        yield page

@@ -1,0 +1,36 @@
+"""Opens a store in a real etcd, with the connection and the lease that it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from imgsvc.cluster import LEASE_SECONDS, Membership
+from imgsvc.etcd import Etcd
+from imgsvc.metadata.etcd import EtcdMetadataStore
+from imgsvc.metadata.image import new_id
+from imgsvc.metadata.store import Member
+
+
+class OwnedEtcdStore(EtcdMetadataStore):
+    """Its `close` also closes its `membership` and its `etcd`."""
+
+    def __init__(self, etcd: Etcd, prefix: str, member: Member, ttl: int = LEASE_SECONDS) -> None:
+        self.etcd = etcd
+        self.membership = Membership(etcd, prefix, member, lambda: 123, ttl)
+        super().__init__(etcd, prefix, member, self.membership)
+
+    def close(self) -> None:
+        super().close()
+        self.membership.close()
+        self.etcd.close()
+
+
+def new_member(name: str = "some") -> Member:
+    return Member(id=new_id(), site=f"{name}.example:/images", url=f"http://{name}.example:20000")
+
+
+def open_store(
+    endpoints: Sequence[str], prefix: str, member: Member | None = None, ttl: int = LEASE_SECONDS
+) -> OwnedEtcdStore:
+    """A store of its own at these endpoints, as another host would have it."""
+    return OwnedEtcdStore(Etcd(endpoints), prefix, member or new_member(), ttl)
