@@ -1,0 +1,50 @@
+"""The one table that maps errors to HTTP status, and the document that every error is answered with."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from http import HTTPStatus
+
+from tornado.web import HTTPError
+
+from imgsvc import errors
+
+# The first class that fits counts, so a subclass stands before its parent.
+_STATUS: tuple[tuple[type[errors.ImgsvcError], HTTPStatus], ...] = (
+    (errors.Invalid, HTTPStatus.BAD_REQUEST),
+    (errors.TooLarge, HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
+    (errors.NotFound, HTTPStatus.NOT_FOUND),
+    (errors.Conflict, HTTPStatus.CONFLICT),
+    (errors.NoSpace, HTTPStatus.INSUFFICIENT_STORAGE),
+    (errors.Unavailable, HTTPStatus.SERVICE_UNAVAILABLE),
+    (errors.Stopping, HTTPStatus.SERVICE_UNAVAILABLE),
+    (errors.IdleTimeout, HTTPStatus.REQUEST_TIMEOUT),
+    (errors.Incomplete, HTTPStatus.BAD_REQUEST),
+)
+
+
+def status_of(error: BaseException) -> HTTPStatus:
+    """What an error is answered with; a programming mistake is an internal error."""
+    if isinstance(error, HTTPError):
+        return HTTPStatus(error.status_code)
+    for kind, status in _STATUS:
+        if isinstance(error, kind):
+            return status
+    return HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+def message_of(error: BaseException) -> str:
+    """What a client may read: our own sentences, and nothing of an unexpected exception."""
+    if isinstance(error, errors.ImgsvcError):
+        return str(error)
+    if isinstance(error, HTTPError):
+        return error.log_message or error.reason or HTTPStatus(error.status_code).phrase.lower()
+    return "internal error"
+
+
+def error_document(error: BaseException, *, expose_stack: bool) -> str:
+    """The wire contract's error JSON; `stack` is empty unless the operator exposes it."""
+    stack = [line.strip() for line in traceback.format_exception(error)] if expose_stack else []
+    document = {"message": message_of(error), "code": status_of(error).value, "stack": stack}
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":")) + "\n"

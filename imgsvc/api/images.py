@@ -1,0 +1,214 @@
+"""The image routes of the wire contract."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from http import HTTPStatus
+from typing import Any, cast
+
+import structlog
+from tornado.http1connection import HTTP1Connection
+
+from imgsvc.api.base import BaseHandler
+from imgsvc.api.upload import Upload
+from imgsvc.blocks import BLOCK
+from imgsvc.errors import IdleTimeout, ImgsvcError, Incomplete, Invalid, Stopping
+from imgsvc.images.store import ImageReader
+from imgsvc.metadata.image import UNKNOWN_SIZE, Image, ImageType
+
+log = structlog.get_logger()
+
+
+class ImageAnswer(BaseHandler):
+    """Answers with one image."""
+
+    def write_image(self, image: Image, status: HTTPStatus = HTTPStatus.OK) -> None:
+        self.set_status(status)
+        self.write(image.to_json() + "\n")
+
+
+class ImagesHandler(ImageAnswer):
+    """`/images`: list, upload, fetch."""
+
+    allowed = ("GET", "HEAD", "PUT", "POST")
+    upload: Upload | None = None
+
+    async def get(self) -> None:
+        """Lists. Pages are sent as they are read, so that neither memory nor the event loop feels a long list."""
+        images = self.context.service
+        image_type = self._wanted_type()
+        pages = await self.context.records_pool.run(images.list, image_type)
+        page = await self.context.records_pool.run(_next_page, pages)
+        self.write("[")
+        while page is not None:
+            self.write(page)
+            page = await self.context.records_pool.run(_next_page, pages)
+            if page is not None:
+                self.write(",")
+                await self.drain()
+        self.write("]\n")
+
+    head = get
+
+    async def accept_body(self) -> None:
+        if self.request.method == "PUT":
+            await self._begin_upload()
+        else:
+            await super().accept_body()
+
+    async def body_received(self, chunk: bytes) -> None:
+        if self.upload is None:
+            await super().body_received(chunk)
+            return
+        try:
+            await self.upload.receive(chunk)
+        except ImgsvcError as error:
+            await self.upload.abort(error)
+            raise
+
+    async def put(self) -> None:
+        """Receives an upload, whose body has come by now."""
+        if self.refused:
+            return
+        upload = self.upload or await self._begin_upload()
+        try:
+            self.write_image(await upload.finish())
+        except ImgsvcError as error:
+            await upload.abort(error)
+            raise
+
+    async def post(self) -> None:
+        """Has a source fetched."""
+        if self.refused:
+            return
+        source, image_type, comment = _fetch_request(bytes(self.body))
+        service = self.context.service
+        image = await self.context.records_pool.run(service.fetch, source, image_type, comment)
+        self.write_image(image, HTTPStatus.ACCEPTED)
+
+    async def stop(self) -> None:
+        if self.upload is None:
+            self.cut()
+        else:
+            await self._give_up(Stopping("the service is stopping"))
+
+    def on_connection_close(self) -> None:
+        super().on_connection_close()
+        if self.upload is not None:
+            self.context.in_background(self.upload.abort(Incomplete("the sender went away before the end")))
+
+    async def _begin_upload(self) -> Upload:
+        headers = self.request.headers
+        image_type = _image_type(headers.get("X-Image-Type", ""), "invalid X-Image-Type header")
+        # Tornado hands headers over as latin-1; the wire contract has UTF-8 in this one.
+        comment = headers.get("X-Image-Comment", "").encode("latin-1", "replace").decode("utf-8", "replace")
+        length = int(headers.get("Content-Length", UNKNOWN_SIZE if "Transfer-Encoding" in headers else 0))
+        service = self.context.service
+        transfer = await self.context.records_pool.run(service.upload, image_type, comment, length)
+        upload = Upload(transfer, self.context.bytes_pool, self.context.settings.idle_timeout, self._give_up)
+        connection = cast("HTTP1Connection", self.request.connection)
+        connection.set_max_body_size(sys.maxsize)  # the transfer counts, and answers better than a reset
+        if connection.stream.closed():
+            await upload.abort(Incomplete("the sender went away before the first byte"))
+        self.upload = upload
+        return upload
+
+    async def _give_up(self, error: ImgsvcError) -> None:
+        if self.upload is not None:
+            await self.upload.abort(error)
+        await self.refuse(error)
+
+    def _wanted_type(self) -> ImageType | None:
+        wanted = self.get_query_arguments("type", strip=False)
+        if wanted in ([], [""]):
+            return None
+        return _image_type(wanted[0] if len(wanted) == 1 else "", "invalid type")
+
+
+class ImageHandler(ImageAnswer):
+    """`/images/{id}`"""
+
+    allowed = ("GET", "HEAD", "DELETE")
+
+    async def get(self, image_id: str) -> None:
+        self.write_image(await self.context.records_pool.run(self.context.service.get, image_id))
+
+    head = get
+
+    async def delete(self, image_id: str) -> None:
+        if not self.refused:
+            self.write_image(await self.context.records_pool.run(self.context.service.delete, image_id))
+
+
+class DownloadHandler(BaseHandler):
+    """`/images/{id}/download`"""
+
+    allowed = ("GET", "HEAD")
+
+    async def get(self, image_id: str) -> None:
+        image, reader = await self.context.records_pool.run(self.context.service.open, image_id)
+        try:
+            self.set_header("Content-Type", "application/octet-stream")
+            self.set_header("Content-Length", str(image.size))
+            if self.request.method != "HEAD":
+                await self._send(image, reader)
+        finally:
+            reader.close()
+
+    head = get
+
+    async def _send(self, image: Image, reader: ImageReader) -> None:
+        sent = 0
+        while sent < image.size:
+            block = await self.context.reads_pool.run(reader.read, sent, BLOCK)
+            if not block:
+                raise Incomplete(f"the file ended after {sent} of {image.size} bytes")
+            self.write(block)
+            try:
+                await self.drain()
+            except IdleTimeout as error:
+                log.info("download ended", image=image.id, reason=str(error))
+                self.cut()
+                return
+            sent += len(block)
+
+
+def _next_page(pages: Iterator[Sequence[Image]]) -> str | None:
+    """The next page that has images, as the inside of a JSON array; None at the end."""
+    for page in pages:
+        if page:
+            return ",".join(image.to_json() for image in page)
+    return None
+
+
+def _fetch_request(body: bytes) -> tuple[str, ImageType, str]:
+    """Source, type and comment out of a POST's body. Raises Invalid, which says what is wrong with it."""
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise Invalid("the body is not JSON") from error
+    if not isinstance(document, dict):
+        raise Invalid("the body is not a JSON object")
+    source = _text(document, "source")
+    if not source:
+        raise Invalid("missing image source")
+    return source, _image_type(_text(document, "type"), "invalid image type"), _text(document, "comment")
+
+
+def _text(document: dict[str, Any], key: str) -> str:
+    value = document.get(key)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise Invalid(f"{key} is not a string")
+    # JSON can spell half a surrogate pair, which no UTF-8 can.
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _image_type(text: str, complaint: str) -> ImageType:
+    try:
+        return ImageType(text)
+    except ValueError as error:
+        raise Invalid(complaint) from error

@@ -1,0 +1,173 @@
+"""Opens the stores that the settings name, puts the services together, and closes all in reverse.
+
+The one place that knows which concrete store stands behind a protocol.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Coroutine
+from typing import Any, Protocol, TypeVar
+
+import structlog
+
+from imgsvc.digests import Digests
+from imgsvc.errors import ConfigError, ImgsvcError
+from imgsvc.fetcher import Fetcher
+from imgsvc.images.filesystem import FilesystemImageStore
+from imgsvc.images.memory import MemoryImageStore
+from imgsvc.images.store import ImageStore
+from imgsvc.maintenance import Maintenance
+from imgsvc.metadata.kvite import open_kvite
+from imgsvc.metadata.memory import MemoryMetadataStore
+from imgsvc.metadata.sqlite import SqliteMetadataStore
+from imgsvc.metadata.store import Member, MetadataStore
+from imgsvc.pools import Pool
+from imgsvc.room import Room
+from imgsvc.service import ImageService
+from imgsvc.settings import MetadataStoreSettings, Settings
+from imgsvc.settlements import Settlements
+from imgsvc.transfers import Transfers
+
+log = structlog.get_logger()
+
+
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+Closing = TypeVar("Closing", bound=_Closable)
+
+
+class Context:
+    """Everything that a running service consists of, below HTTP.
+
+    `not_ready` says why images cannot be served or taken, None when they can.
+    """
+
+    def __init__(self, settings: Settings, port: int) -> None:
+        """Opens the stores; `port` is the one that the service listens on. Raises ConfigError."""
+        self.settings = settings
+        self.not_ready: str | None = "the service is starting"
+        self._background: set[asyncio.Task[None]] = set()
+        with contextlib.ExitStack() as opened:
+            self.records_pool = _opened(opened, Pool("records", 16))
+            self.reads_pool = _opened(opened, Pool("reads", 8))
+            self.bytes_pool = _opened(opened, Pool("bytes", 8))
+            self.health_pool = _opened(opened, Pool("health", 2))
+            self.images = _opened(opened, _open_images(settings))
+            member = Member(
+                id=self.images.member,
+                site=f"{socket.gethostname()}:{self.images.place}",
+                url=f"http://{settings.host or socket.gethostname()}:{port}",
+            )
+            self.records = _open_records(settings, member, self.images, opened)
+            self._wire()
+            self._opened = opened.pop_all()
+
+    def _wire(self) -> None:
+        settlements = Settlements(self.images, self.records)
+        room = Room(self.images, self.settings.max_image_size, self.settings.disk_reserve.of)
+        self.transfers = Transfers(self.images, self.records, room, settlements)
+        self.fetcher = Fetcher(self.settings.fetch, self.images, self.records, self.transfers, settlements)
+        self.service = ImageService(self.images, self.records, self.transfers, self.fetcher, settlements)
+        self._digests = Digests(self.images, self.records)
+        self._maintenance = Maintenance(self.images, self.records, self.fetcher, self._digests)
+
+    def settle(self) -> None:
+        """Settles what the last run left, and lets work begin. Raises Unavailable when a store does not answer, and
+        may then be called again; ConfigError when the stores do not belong together."""
+        self._maintenance.start_sweep()
+        self.transfers.start()
+        self.fetcher.start()
+        self._digests.start()
+        self.records.follow_deletions(self.service.drop, self._reconcile)
+        self.not_ready = None
+
+    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Has `work` done although no request waits for it; `finish_background` does."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def finish_background(self) -> None:
+        while self._background:
+            await asyncio.wait(self._background)
+
+    def close(self) -> None:
+        """Stops fetches, settles what can be, and closes the stores."""
+        self._digests.close()
+        self.fetcher.close()
+        self.transfers.close()
+        self._opened.close()
+
+    def _reconcile(self) -> None:
+        try:
+            self._maintenance.reconcile()
+        except ImgsvcError as error:
+            log.warning("not reconciled", reason=str(error))
+
+
+def _opened(stack: contextlib.ExitStack, thing: Closing) -> Closing:
+    stack.callback(thing.close)
+    return thing
+
+
+def _open_images(settings: Settings) -> ImageStore:
+    if settings.image_store.type == "memory":
+        return MemoryImageStore()
+    _make_data_dir(settings)
+    return FilesystemImageStore(settings.image_store.directory)
+
+
+def _open_records(
+    settings: Settings, member: Member, images: ImageStore, opened: contextlib.ExitStack
+) -> MetadataStore:
+    wanted = settings.metadata_store
+    if wanted.type == "etcd":
+        return _open_etcd(wanted, member, images, opened)
+    if wanted.type == "memory":
+        return MemoryMetadataStore(member)
+    _make_data_dir(settings)
+    store = (
+        open_kvite(wanted.filename, wanted.table, member)
+        if wanted.type == "kvite"
+        else SqliteMetadataStore(wanted.filename, member)
+    )
+    opened.callback(store.close)
+    return store
+
+
+def _open_etcd(
+    wanted: MetadataStoreSettings, member: Member, images: ImageStore, opened: contextlib.ExitStack
+) -> MetadataStore:
+    # Late: who does without etcd need not load gRPC.
+    from imgsvc.cluster import Membership  # noqa: PLC0415
+    from imgsvc.etcd import Etcd  # noqa: PLC0415
+    from imgsvc.metadata.etcd import EtcdMetadataStore  # noqa: PLC0415
+
+    etcd = _opened(
+        opened,
+        Etcd(
+            wanted.machines,
+            cert=wanted.cert,
+            key=wanted.key,
+            ca_cert=wanted.ca_cert,
+            user=wanted.user,
+            password=wanted.password,
+        ),
+    )
+    membership = _opened(opened, Membership(etcd, wanted.prefix, member, lambda: images.space().free))
+    return _opened(opened, EtcdMetadataStore(etcd, wanted.prefix, member, membership))
+
+
+def _make_data_dir(settings: Settings) -> None:
+    """Only where something is to be put into it; its parent is the operator's business."""
+    inside = (settings.image_store.directory, settings.metadata_store.filename)
+    if any(path.parent == settings.data_dir for path in inside):
+        try:
+            settings.data_dir.mkdir(exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"dataDir {settings.data_dir} cannot be made: {error.strerror}") from error

@@ -1,0 +1,136 @@
+"""Makes bytes and records agree: at start, and when deletions by other members may have been missed."""
+
+from __future__ import annotations
+
+import structlog
+
+from imgsvc.digests import Digests
+from imgsvc.errors import ConfigError, Conflict, ImgsvcError, NotFound
+from imgsvc.fetcher import Fetcher
+from imgsvc.images.store import ImageStore
+from imgsvc.metadata.image import Image, Status
+from imgsvc.metadata.store import Entry, MetadataStore
+
+log = structlog.get_logger()
+
+
+class Maintenance:
+    """Settles what the last run of this member left, and only that."""
+
+    def __init__(self, images: ImageStore, records: MetadataStore, fetcher: Fetcher, digests: Digests) -> None:
+        self._images = images
+        self._records = records
+        self._fetcher = fetcher
+        self._digests = digests
+
+    def start_sweep(self) -> None:
+        """To be run before anything comes in, and again after Unavailable: each of its steps may be repeated.
+
+        Interrupted uploads become `error`, interrupted fetches are pending and submitted again, claims and bytes
+        without a record go. Raises ConfigError when the records speak of images and the directory has no marker and
+        none of them, as when its dataset is not mounted.
+        """
+        stored = set(self._images.ids())
+        if self._images.fresh:
+            if not stored:
+                self._refuse_if_unmounted()
+            self._images.mark("" if stored else self._records.identity)
+        unfinished = set(self._images.unfinished())
+        orphans = set(stored)
+        to_fetch: list[Image] = []
+        for page in self._records.survey():
+            for entry in page:
+                orphans.discard(entry.image.id)
+                if entry.image.status is Status.COMPLETE:
+                    self._check_complete(entry, stored)
+                elif entry.image.in_transfer and self._is_ours(entry, stored | unfinished):
+                    unfinished.discard(entry.image.id)
+                    to_fetch += self._settle(entry.image)
+        for image_id in unfinished:
+            self._images.unclaim(image_id)
+        self._remove_orphans(orphans)
+        for image in to_fetch:
+            self._fetcher.submit(image)
+
+    def reconcile(self) -> None:
+        """Drops bytes whose record is gone; may run at any time, for a record is there before its bytes are."""
+        orphans = set(self._images.ids())
+        for page in self._records.survey():
+            orphans.difference_update(entry.image.id for entry in page)
+        self._remove_orphans(orphans)
+
+    def _refuse_if_unmounted(self) -> None:
+        for page in self._records.survey():
+            for entry in page:
+                if entry.here and entry.image.status is Status.COMPLETE:
+                    raise ConfigError(
+                        f"{self._images.place} is empty and has no marker, but this host is on record as holding "
+                        f"images (such as {entry.image.id}): is its file system mounted?"
+                    )
+
+    def _is_ours(self, entry: Entry, traces: set[str]) -> bool:
+        """Whether this member was transferring. Without an owner on record, what is on the disk tells."""
+        if entry.owner is None:
+            return entry.image.id in traces
+        return entry.owner == self._images.member
+
+    def _settle(self, image: Image) -> list[Image]:
+        """The fetch that is to be submitted again, if it is one."""
+        # Bytes may stand under the final name: the process died between the rename and the record's last step.
+        self._images.delete(image.id)
+        try:
+            if image.source:
+                self._images.claim(image.id)
+                return [self._records.update(image.requeued())]
+            self._records.update(image.progressed(0).failed("the service stopped during the upload"))
+        except (Conflict, NotFound) as error:
+            log.info("interrupted transfer settled otherwise", image=image.id, reason=str(error))
+        else:
+            log.info("interrupted upload is now in error", image=image.id)
+        self._images.unclaim(image.id)
+        return []
+
+    def _check_complete(self, entry: Entry, stored: set[str]) -> None:
+        image = entry.image
+        if image.id in stored:
+            size = self._images.size(image.id)
+            if size != image.size:
+                self._lost(image, f"its file has {size} bytes, and the image {image.size}")
+                return
+            if not entry.here:
+                self._records.hold(image.id)
+            if not image.sha256:
+                self._digests.submit(image.id)
+        elif entry.here:
+            self._lost(image, "its file is missing")
+
+    def _lost(self, image: Image, reason: str) -> None:
+        """This member cannot serve a complete image that it should hold."""
+        log.error("image lost here", image=image.id, reason=reason)
+        try:
+            if self._records.holders(image.id):
+                self._records.release(image.id)
+            else:
+                self._records.update(image.failed(f"the image was lost: {reason}"))
+        except (Conflict, NotFound) as error:
+            log.info("lost image settled otherwise", image=image.id, reason=str(error))
+
+    def _remove_orphans(self, orphans: set[str]) -> None:
+        """Only in a directory that belongs to these very records: with the wrong ones, all images look like orphans."""
+        if self._images.marked_for != self._records.identity:
+            if not orphans:
+                self._images.mark(self._records.identity)
+                return
+            log.error(
+                "images without a record are left alone: the directory was not filled with these records",
+                place=self._images.place,
+                count=len(orphans),
+                example=min(orphans),
+            )
+            return
+        for image_id in orphans:
+            log.info("bytes without a record removed", image=image_id)
+            try:
+                self._images.delete(image_id)
+            except ImgsvcError as error:
+                log.error("bytes without a record are left", image=image_id, reason=str(error))

@@ -1,0 +1,31 @@
+"""Bounded pools of threads: the only way from the event loop to a store."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Pool:
+    """`size` threads for one kind of work, so that no kind can starve another."""
+
+    def __init__(self, name: str, size: int) -> None:
+        self._executor = ThreadPoolExecutor(size, thread_name_prefix=name)
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What `function` returns or raises, from a thread; it sees the caller's context variables, so its log lines
+        carry the request id. A cancelled caller does not stop the function."""
+        context = contextvars.copy_context()
+        call = functools.partial(context.run, function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+
+    def close(self) -> None:
+        """Returns when what is running has ended; what waits is dropped."""
+        self._executor.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,145 @@
+"""What can be done with images: each thing that the API offers is one call here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from urllib.parse import urlsplit
+
+import structlog
+
+from imgsvc.errors import Conflict, Elsewhere, ImgsvcError, Invalid, NotFound, SourceTaken, Unavailable
+from imgsvc.fetcher import Fetcher
+from imgsvc.images.store import ImageReader, ImageStore
+from imgsvc.metadata.image import Image, ImageType, Status, is_id, new_id
+from imgsvc.metadata.store import MetadataStore
+from imgsvc.settlements import Settlements
+from imgsvc.transfer import Transfer
+from imgsvc.transfers import Transfers
+
+log = structlog.get_logger()
+
+
+class ImageService:
+    """Every method may be called from any thread, and may block. Each raises Unavailable when a store cannot answer."""
+
+    def __init__(
+        self,
+        images: ImageStore,
+        records: MetadataStore,
+        transfers: Transfers,
+        fetcher: Fetcher,
+        settlements: Settlements,
+    ) -> None:
+        self._images = images
+        self._records = records
+        self._transfers = transfers
+        self._fetcher = fetcher
+        self._settlements = settlements
+
+    def list(self, image_type: ImageType | None) -> Iterator[Sequence[Image]]:
+        """All images, or those of a type, in pages."""
+        return self._records.list(image_type)
+
+    def get(self, image_id: str) -> Image:
+        """Raises NotFound, also for what is no id."""
+        if not is_id(image_id):
+            raise NotFound("image not found")
+        return self._records.get(image_id)
+
+    def upload(self, image_type: ImageType, comment: str, expected_size: int) -> Transfer:
+        """Begins an upload: the caller feeds the transfer, and finishes or aborts it. Raises TooLarge, NoSpace."""
+        return self._transfers.upload(image_type, comment, expected_size)
+
+    def fetch(self, source: str, image_type: ImageType, comment: str) -> Image:
+        """The image of this source: a new one, pending; the one that there is; or that one, pending again, when it
+        had ended in error. Raises Invalid unless the source is an absolute http(s) URL."""
+        check_source(source)
+        while True:
+            image = Image(id=new_id(), type=image_type, source=source, comment=comment)
+            self._images.claim(image.id)
+            try:
+                image = self._records.create(image)
+            except SourceTaken as taken:
+                self._images.unclaim(image.id)
+                with contextlib.suppress(NotFound):  # deleted since: the source is free again
+                    return self._fetch_again(taken.image)
+            except ImgsvcError:
+                self._settlements.discard(image.id)
+                raise
+            else:
+                self._fetcher.submit(image)
+                return image
+
+    def delete(self, image_id: str) -> Image:
+        """Removes the image and returns it as it was; a transfer of it is told to stop, whoever runs it. Raises
+        NotFound."""
+        image = self.get(image_id)
+        image = self._records.delete(image.id)
+        self.drop(image.id)
+        return image
+
+    def drop(self, image_id: str) -> None:
+        """Lets go of what this member has of an image whose record is gone. Never raises: what cannot be removed
+        now is an orphan, which the next start removes."""
+        self._transfers.cancel(image_id, Conflict("the image was deleted during its transfer"))
+        try:
+            self._images.delete(image_id)
+            if not self._transfers.is_known(image_id):
+                self._images.unclaim(image_id)
+        except ImgsvcError as error:
+            log.error("bytes of a deleted image are left", image=image_id, reason=str(error))
+
+    def open(self, image_id: str) -> tuple[Image, ImageReader]:
+        """A complete image and its bytes, which the caller closes.
+
+        Raises NotFound when there is none or it is not complete, Elsewhere when only other members hold its bytes,
+        Unavailable when nobody is known to.
+        """
+        image = self.get(image_id)
+        if image.status is not Status.COMPLETE:
+            raise NotFound("incomplete image")
+        try:
+            reader = self._images.open(image.id)
+        except NotFound as missing:
+            holders = self._records.holders(image.id)
+            if holders:
+                raise Elsewhere(f"this host does not hold the image; held by {', '.join(holders)}") from missing
+            log.error("bytes of a complete image are missing", image=image.id)
+            raise Unavailable("this host does not hold the image, and no other is known to") from missing
+        if reader.size != image.size:
+            reader.close()
+            log.error("bytes of a complete image have changed", image=image.id, bytes=reader.size, size=image.size)
+            raise Unavailable(f"the image has {reader.size} bytes on the disk, and should have {image.size}")
+        return image, reader
+
+    def _fetch_again(self, image: Image) -> Image:
+        """The image of a taken source; one in error is fetched again, once however many ask."""
+        if image.status is not Status.ERROR:
+            return image
+        self._images.claim(image.id)
+        try:
+            return self._settlements.settle(image.id, lambda: self._requeue(image))
+        except Conflict:
+            return self._records.get(image.id)
+
+    def _requeue(self, image: Image) -> Image:
+        try:
+            image = self._records.update(image.requeued())
+        except NotFound:
+            self._images.unclaim(image.id)
+            raise
+        # After Conflict somebody else fetches it. The claim stays, for that may be another request to this host.
+        self._fetcher.submit(image)
+        return image
+
+
+def check_source(source: str) -> None:
+    """Raises Invalid unless this is an absolute http or https URL that names a host."""
+    try:
+        url = urlsplit(source)
+        usable = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        usable = False
+    if not usable or any(character <= " " or character == "\x7f" for character in source):
+        raise Invalid("image source is not an absolute http or https URL")

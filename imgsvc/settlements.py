@@ -1,0 +1,112 @@
+"""How records come to their final state: at once, or as soon as the stores allow it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+import structlog
+
+from imgsvc.errors import Conflict, ImgsvcError, NoSpace, NotFound, Unavailable
+from imgsvc.images.store import ImageStore
+from imgsvc.metadata.image import Image
+from imgsvc.metadata.store import MetadataStore
+
+T = TypeVar("T")
+log = structlog.get_logger()
+
+
+class Settlements:
+    """Steps by image id. Each may be taken again when its outcome is not known, and is, by `retry`.
+
+    What still waits when the process ends is found by the next start, for the image's claim or bytes are still there.
+    """
+
+    def __init__(self, images: ImageStore, records: MetadataStore) -> None:
+        self._images = images
+        self._records = records
+        self._waiting: dict[str, Callable[[], object]] = {}
+        self._lock = threading.Lock()
+
+    def complete(self, image: Image, size: int, sha256: str) -> Image:
+        """Its bytes are on the disk for good. Raises Conflict when the record is gone, and drops the bytes; raises
+        Unavailable or NoSpace when the record must follow later."""
+        final = image.completed(size, sha256)
+        return self.settle(image.id, lambda: self._complete(final))
+
+    def fail(self, image: Image, reason: ImgsvcError) -> Image:
+        """It has no bytes, and will get none by itself. Never raises."""
+        final = image.progressed(0).failed(str(reason))
+        try:
+            return self.settle(image.id, lambda: self._fail(final))
+        except ImgsvcError as error:
+            log.warning("record not settled yet", image=image.id, reason=str(error))
+            return final
+
+    def discard(self, image_id: str) -> None:
+        """It may have a record, and nobody was told of it: the record goes, by `retry`, so that a sender need not
+        wait for a store that has just failed."""
+        with self._lock:
+            self._waiting[image_id] = lambda: self._discard(image_id)
+
+    def settle(self, image_id: str, step: Callable[[], T]) -> T:
+        """Takes the step and returns its result. Raises what it raises; after Unavailable or NoSpace it is taken
+        again by `retry`."""
+        try:
+            return step()
+        except (Unavailable, NoSpace):
+            with self._lock:
+                self._waiting[image_id] = step
+            raise
+
+    def waiting(self, image_id: str) -> bool:
+        with self._lock:
+            return image_id in self._waiting
+
+    def retry(self) -> None:
+        """Takes what waits, until a step still cannot be taken."""
+        with self._lock:
+            waiting = list(self._waiting.items())
+        for image_id, step in waiting:
+            try:
+                step()
+            except (Unavailable, NoSpace):
+                return
+            except ImgsvcError as error:
+                log.info("settled otherwise", image=image_id, reason=str(error))
+            else:
+                log.info("settled", image=image_id)
+            with self._lock:
+                self._waiting.pop(image_id, None)
+
+    def _complete(self, final: Image) -> Image:
+        try:
+            return self._write(final)
+        except NotFound as error:
+            self._images.delete(final.id)
+            raise Conflict("the image was deleted during its transfer") from error
+
+    def _fail(self, final: Image) -> Image:
+        try:
+            final = self._write(final)
+        except (NotFound, Conflict) as error:
+            log.info("record left as it was", image=final.id, reason=str(error))
+        self._images.unclaim(final.id)
+        return final
+
+    def _discard(self, image_id: str) -> None:
+        with contextlib.suppress(NotFound):
+            self._records.delete(image_id)
+        self._images.unclaim(image_id)
+
+    def _write(self, final: Image) -> Image:
+        """Writes the final record, over what somebody else may have changed in it while it was in transfer."""
+        try:
+            return self._records.update(final)
+        except Conflict:
+            stored = self._records.get(final.id)
+            if not stored.in_transfer:
+                raise
+            return self._records.update(final.at_revision(stored.revision))

@@ -1,0 +1,204 @@
+"""The one way that bytes get in: a stream of blocks becomes an image and its final record.
+
+Order: claim, record, bytes, fsync, rename, record `complete`. The claim, which the image store keeps, stays until the
+record is final, so that the next start finds what a crash left even when nobody else remembers who owned it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable
+from enum import StrEnum
+
+import structlog
+
+from imgsvc.errors import Conflict, ImgsvcError, Incomplete, NotFound, Stopping
+from imgsvc.images.store import ImageWriter
+from imgsvc.metadata.image import UNKNOWN_SIZE, Image
+from imgsvc.metadata.store import MetadataStore
+from imgsvc.room import Room
+from imgsvc.settlements import Settlements
+
+# Seconds between two reports of a transfer to its record, and between a first byte and the first of them.
+REPORT_INTERVAL = 1.0
+FIRST_REPORT = 0.25
+
+log = structlog.get_logger()
+
+
+class Kind(StrEnum):
+    UPLOAD = "upload"
+    FETCH = "fetch"
+
+
+class Transfer:
+    """One image on its way in, driven by one owner: a request or a fetch thread.
+
+    The owner calls `feed`, and then `finish`, or at any point `abort` or `suspend`, one call at a time. `cancel` and
+    `report` may be called by anybody at any time. Every method may block.
+    """
+
+    def __init__(
+        self,
+        image: Image,
+        kind: Kind,
+        writer: ImageWriter,
+        *,
+        records: MetadataStore,
+        room: Room,
+        settlements: Settlements,
+        ended: Callable[[Transfer], None],
+    ) -> None:
+        self.image = image
+        self.kind = kind
+        self.size = 0
+        self.cancelled: ImgsvcError | None = None
+        self._writer = writer
+        self._records = records
+        self._room = room
+        self._settlements = settlements
+        self._call_ended = ended
+        self._digest = hashlib.sha256()
+        self._bytes = threading.Lock()
+        self._record = threading.Lock()
+        self._over = False
+        self._began = self._reported = time.monotonic()
+
+    @property
+    def missing(self) -> int:
+        """Bytes that were announced and are still to come."""
+        return 0 if self._over else max(self.image.expected_size - self.size, 0)
+
+    def create(self) -> None:
+        """Stores the record of a new image. After an error the transfer is over and leaves no record."""
+        try:
+            self.image = self._records.create(self.image)
+        except ImgsvcError as error:
+            self._close_writer()
+            self._settlements.discard(self.image.id)
+            self._end("refused", error)
+            raise
+
+    def start(self, expected_size: int) -> None:
+        """The source has answered, and announced `expected_size` bytes or UNKNOWN_SIZE: the record says
+        `downloading`. Raises NotFound when it is gone."""
+        with self._record:
+            self.image = self._records.update(self.image.started(expected_size))
+
+    def feed(self, block: bytes | bytearray) -> None:
+        """Takes the next bytes. Raises TooLarge, NoSpace, Incomplete (more than announced), Unavailable, or what
+        the transfer was cancelled with; the owner then calls `abort`."""
+        with self._bytes:
+            self._check_running()
+            size = self.size + len(block)
+            expected = self.image.expected_size
+            if expected != UNKNOWN_SIZE and size > expected:
+                raise Incomplete(f"{expected} bytes were announced, and more were sent")
+            self._room.check_size(size)
+            self._room.check_space(len(block))
+            self._digest.update(block)
+            self._writer.write(block)
+            self.size = size
+
+    def finish(self) -> Image:
+        """All bytes were fed: puts the image on the disk for good, and returns it once its record says so.
+
+        Raises as `feed` does, and Incomplete when bytes are missing; the owner then calls `abort`. After Unavailable
+        or NoSpace from the metadata store the image is whole, and its record follows as soon as it can.
+        """
+        with self._bytes:
+            self._check_running()
+            expected = self.image.expected_size
+            if expected != UNKNOWN_SIZE and self.size < expected:
+                raise Incomplete(f"{expected} bytes were announced, and only {self.size} came")
+            self._writer.commit()
+            self._over = True
+        try:
+            with self._record:
+                self.image = self._settlements.complete(self.image, self.size, self._digest.hexdigest())
+        except ImgsvcError as error:
+            self._end("unsettled", error)
+            raise
+        self._end("complete")
+        return self.image
+
+    def abort(self, reason: ImgsvcError) -> None:
+        """Gives up: no bytes are kept, and the record says why. Does nothing when the transfer is over.
+
+        Never raises: what cannot be settled now is settled as soon as the metadata store answers.
+        """
+        if not self._close_writer():
+            return
+        with self._record:
+            self.image = self._settlements.fail(self.image, reason)
+        self._end("error", reason)
+
+    def suspend(self) -> None:
+        """Stops for a shutdown and leaves a fetch claimed and pending, for the next start to begin again."""
+        if not self._close_writer():
+            return
+        try:
+            with self._record:
+                self.image = self._records.update(self.image.requeued())
+        except ImgsvcError as error:
+            log.info("record left as it was", image=self.image.id, reason=str(error))
+        self._end("stopped")
+
+    def cancel(self, reason: ImgsvcError) -> None:
+        """Tells the owner to give up: `feed` and `finish` raise `reason` from now on. An owner that waits for bytes
+        looks at `cancelled` at least once a second."""
+        if self.cancelled is None:
+            self.cancelled = reason
+
+    def report(self) -> None:
+        """Tells the record how far this came, the first bytes at once and then every REPORT_INTERVAL seconds; cancels
+        the transfer when the record is gone. Raises Unavailable or NoSpace."""
+        with self._record:
+            if self._over or self.cancelled is not None or not self._report_due():
+                return
+            self._reported = time.monotonic()
+            try:
+                if self.image.download_start is not None and self.size != self.image.size:
+                    self.image = self._records.update(self.image.progressed(self.size))
+                else:
+                    self._records.get(self.image.id)
+            except NotFound:
+                self.cancel(Conflict("the image was deleted during its transfer"))
+            except Conflict:
+                self.cancel(Conflict("the image's record was changed by somebody else during its transfer"))
+
+    def _report_due(self) -> bool:
+        first = self.image.size == 0 and self.size > 0
+        return time.monotonic() - self._reported >= (FIRST_REPORT if first else REPORT_INTERVAL)
+
+    def _check_running(self) -> None:
+        if self.cancelled is not None:
+            raise self.cancelled
+        if self._over:
+            raise Stopping("the transfer is over")
+
+    def _close_writer(self) -> bool:
+        """Ends the intake and drops its bytes; False when it had ended before."""
+        with self._bytes:
+            if self._over:
+                return False
+            self._over = True
+            self._writer.abort()
+            return True
+
+    def _end(self, outcome: str, reason: ImgsvcError | None = None) -> None:
+        """Leaves the list of running transfers, with the transfer's one line in the log."""
+        self._call_ended(self)
+        seconds = max(time.monotonic() - self._began, 1e-3)
+        log.info(
+            "transfer",
+            image=self.image.id,
+            kind=self.kind.value,
+            bytes=self.size,
+            seconds=round(seconds, 3),
+            mb_per_s=round(self.size / 1e6 / seconds, 1),
+            outcome=outcome,
+            reason="" if reason is None else str(reason),
+        )

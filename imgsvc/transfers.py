@@ -1,0 +1,106 @@
+"""All transfers of this member: how they begin, the thread that keeps their records true, how they are cancelled."""
+
+from __future__ import annotations
+
+import threading
+
+import structlog
+
+from imgsvc.errors import ImgsvcError, NoSpace, Unavailable
+from imgsvc.images.store import ImageStore
+from imgsvc.metadata.image import Image, ImageType, new_id
+from imgsvc.metadata.store import MetadataStore
+from imgsvc.room import Room
+from imgsvc.settlements import Settlements
+from imgsvc.transfer import FIRST_REPORT, Kind, Transfer
+
+log = structlog.get_logger()
+
+
+class Transfers:
+    """Every method may be called from any thread, and may block."""
+
+    def __init__(self, images: ImageStore, records: MetadataStore, room: Room, settlements: Settlements) -> None:
+        self._images = images
+        self._records = records
+        self._room = room
+        self._settlements = settlements
+        self._running: dict[str, Transfer] = {}
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._keep_records_true, name="transfers", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Tries once more to settle what waits."""
+        self._closing.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._settlements.retry()
+
+    def upload(self, image_type: ImageType, comment: str, expected_size: int) -> Transfer:
+        """Begins an upload of `expected_size` bytes, or UNKNOWN_SIZE. Raises TooLarge, NoSpace or Unavailable; then
+        nothing is left of it."""
+        self.admit(expected_size)
+        image = Image(id=new_id(), type=image_type, comment=comment).started(expected_size)
+        transfer = self._begin(image, Kind.UPLOAD)
+        transfer.create()
+        return transfer
+
+    def fetch(self, image: Image) -> Transfer:
+        """Begins the fetch of a claimed, pending image. Raises NoSpace or Unavailable."""
+        self._images.delete(image.id)  # an image in error may have bytes, which the Go program left
+        return self._begin(image, Kind.FETCH)
+
+    def admit(self, expected_size: int) -> None:
+        """Raises TooLarge or NoSpace when as many bytes cannot come in beside what was announced to the transfers
+        that are running."""
+        self._room.check_size(expected_size)
+        with self._lock:
+            announced = sum(transfer.missing for transfer in self._running.values())
+        self._room.check_space(max(expected_size, 0) + announced)
+
+    def is_known(self, image_id: str) -> bool:
+        """Whether this process is transferring the image, or has yet to settle it."""
+        with self._lock:
+            running = image_id in self._running
+        return running or self._settlements.waiting(image_id)
+
+    def cancel(self, image_id: str, reason: ImgsvcError) -> None:
+        """Tells the owner of the image's transfer to give up, if it is running here."""
+        with self._lock:
+            transfer = self._running.get(image_id)
+        if transfer is not None:
+            transfer.cancel(reason)
+
+    def _begin(self, image: Image, kind: Kind) -> Transfer:
+        transfer = Transfer(
+            image,
+            kind,
+            self._images.writer(image.id),
+            records=self._records,
+            room=self._room,
+            settlements=self._settlements,
+            ended=self._forget,
+        )
+        with self._lock:
+            self._running[image.id] = transfer
+        return transfer
+
+    def _forget(self, transfer: Transfer) -> None:
+        with self._lock:
+            self._running.pop(transfer.image.id, None)
+
+    def _keep_records_true(self) -> None:
+        while not self._closing.wait(FIRST_REPORT):
+            self._settlements.retry()
+            with self._lock:
+                running = list(self._running.values())
+            try:
+                for transfer in running:
+                    transfer.report()
+            except (Unavailable, NoSpace) as error:
+                # The bytes still come in; the record catches up when the store answers again.
+                log.debug("progress not recorded", reason=str(error))
