@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from email.message import Message
+from io import BufferedReader
 from typing import Any, BinaryIO, Self, cast
 
 _TIMEOUT = 30.0
@@ -120,7 +121,7 @@ class Connection:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self._socket.settimeout(timeout)
         self._socket.connect(("127.0.0.1", port))
-        self._file = self._socket.makefile("rb")
+        self._file: BufferedReader = self._socket.makefile("rb")
 
     def __enter__(self) -> Self:
         return self
@@ -132,13 +133,20 @@ class Connection:
         self._socket.sendall(data.encode("latin-1") if isinstance(data, str) else data)
 
     def send_until_refused(self, piece: bytes, limit: int) -> int:
-        """Sends the piece again and again, as a client does that looks for an answer only when sending fails or an
-        answer is there; returns the bytes sent, at most about `limit`."""
+        """Sends the piece again and again, as a client does that stops for an answer as soon as there is one;
+        returns the bytes sent, of which no more than `limit` and a piece."""
         sent = 0
         try:
-            while sent < limit and not self.readable(0):
-                self._socket.sendall(piece)
-                sent += len(piece)
+            while sent < limit:
+                rest = memoryview(piece)
+                while rest:
+                    readable, writable, _ = select.select([self._socket], [self._socket], [], _TIMEOUT)
+                    assert readable or writable, "the service neither reads nor answers"
+                    if readable:
+                        return sent
+                    count = self._socket.send(rest)
+                    rest = rest[count:]
+                    sent += count
         except (BrokenPipeError, ConnectionResetError):
             pass
         return sent
@@ -162,6 +170,19 @@ class Connection:
         status, headers = self.head()
         return Answer(status, headers, b"" if method == "HEAD" else self._body(headers))
 
+    def refused(self, timeout: float = 4.0) -> int:
+        """The status with which the service refuses what was sent, 0 when it just ends the connection; fails when
+        it does neither in time, or answers with anything but a client's error."""
+        assert self.readable(timeout), f"neither an answer nor an end in {timeout} s"
+        try:
+            if not self._file.peek(1):
+                return 0
+            answer = self.answer()
+        except ConnectionResetError:
+            return 0
+        assert 400 <= answer.status < 500, answer
+        return answer.status
+
     def closed(self, timeout: float) -> bool:
         """Whether the service ends the connection, orderly or with a reset, within the time; drops what it sends."""
         deadline = time.monotonic() + timeout
@@ -176,6 +197,16 @@ class Connection:
     def finish(self) -> None:
         """Ends this side; the other may still send."""
         self._socket.shutdown(socket.SHUT_WR)
+
+    def begin_upload(self, length: int | None, *headers: str, image_type: str = "kvm") -> None:
+        """The head of a PUT of an image, chunked when no length is announced."""
+        announced = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
+        lines = ["PUT /images HTTP/1.1", "Host: test", f"X-Image-Type: {image_type}", announced, *headers]
+        self.send("\r\n".join([*lines, "", ""]))
+
+    def send_chunk(self, data: bytes) -> None:
+        """One chunk; an empty one ends the body."""
+        self.send(b"%x\r\n%b\r\n" % (len(data), data))
 
     def reset(self) -> None:
         """Ends the connection with an RST."""

@@ -176,9 +176,8 @@ class Service(Client):
         return {path.name for path in self.images_dir.iterdir() if _ID.fullmatch(path.name)}
 
     def incoming(self) -> set[str]:
-        """The names of everything in the directory for images being written."""
-        directory = self.images_dir / ".incoming"
-        return {path.name for path in directory.iterdir()} if directory.exists() else set()
+        """The names of what is in the directory for images being written, the store's own probes left out."""
+        return {path.name for path in (self.images_dir / ".incoming").iterdir() if not path.name.startswith(".imgsvc")}
 
     def census(self) -> Census:
         names = list(filter(None, map(_link, Path(f"/proc/{self.pid}/fd").iterdir())))

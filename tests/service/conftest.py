@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.harness import Service
+from tests.harness import Census, Service, wait_for
 from tests.source import Source
+
+MIB = 1 << 20
+IDLE = 1.0
+LIMIT = 24 * MIB
 
 Settings = dict[str, object]
 StartService = Callable[..., Service]
@@ -55,6 +60,36 @@ def start_service(tmp_path: Path) -> Iterator[StartService]:
             return running.enter_context(Service(data_dir or tmp_path / str(uuid.uuid4()), **settings))
 
         yield start
+
+
+@pytest.fixture(scope="module")
+def _impatient_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Census, int]]:
+    """The service, what it holds once it has opened all that it keeps open, and its memory then."""
+    with Service(tmp_path_factory.mktemp("raw"), idle_timeout=IDLE, max_image_size=LIMIT) as service:
+        with ThreadPoolExecutor(24) as pool:
+            for image in pool.map(lambda _: service.upload(bytes(MIB)), range(48)):
+                service.download(image["id"])
+                service.delete(image["id"])
+        wait_for(lambda: service.census().sockets <= 8, 5, "connections are closed")
+        yield service, service.census(), service.memory()
+
+
+@pytest.fixture
+def guarded_service(_impatient_service: tuple[Service, Census, int]) -> Iterator[Service]:
+    """One with an idleTimeout of IDLE seconds and a maxImageSize of LIMIT. It must serve on after each test, with no
+    file, descriptor, socket or thread left, and little more memory."""
+    service, before, memory = _impatient_service
+    yield service
+    wait_for(lambda: service.image_files() == [], 6, "no image is open")
+    wait_for(lambda: service.census().sockets <= before.sockets, 6, "no socket is left")
+    wait_for(lambda: service.incoming() == set(), 6, ".incoming is empty")
+    after = service.census()
+    assert len(after.files) <= len(before.files)
+    assert after.threads <= before.threads
+    assert service.memory() < memory + 64 * MIB
+    assert {image["status"] for image in service.images()} <= {"complete", "error"}
+    assert service.upload(b"still here")["status"] == "complete"
+    service.check_log()
 
 
 @pytest.fixture

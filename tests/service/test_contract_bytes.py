@@ -247,7 +247,7 @@ def test_no_partial_bytes_under_the_final_name(service: Service, source: Source)
     image = service.fetch(source.serve("/guest", Resource(bytes(3 * BLOCK), stall_after=2 * BLOCK)))
     known = {other["id"] for other in service.images()}
     with Connection(service.port) as connection:
-        connection.send(f"PUT /images HTTP/1.1\r\nHost: x\r\nX-Image-Type: kvm\r\nContent-Length: {3 * BLOCK}\r\n\r\n")
+        connection.begin_upload(3 * BLOCK)
         connection.send(bytes(2 * BLOCK))
         wait_for(lambda: {other["id"] for other in service.images()} - known, 5, "the upload has its record")
         (upload,) = {other["id"] for other in service.images()} - known

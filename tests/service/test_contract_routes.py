@@ -80,7 +80,7 @@ def test_an_upload_without_a_type_is_refused(service: Service, image_type: str |
 def test_an_upload_is_refused_before_its_body(service: Service) -> None:
     """A bad type is answered while the body has not even begun."""
     with Connection(service.port) as connection:
-        connection.send("PUT /images HTTP/1.1\r\nHost: x\r\nX-Image-Type: no\r\nContent-Length: 100000000000\r\n\r\n")
+        connection.begin_upload(100_000_000_000, image_type="no")
         answer = connection.answer()
     assert (answer.status, answer.message) == (400, "invalid X-Image-Type header")
 
