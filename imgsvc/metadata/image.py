@@ -110,6 +110,10 @@ class Image:
             error="",
         )
 
+    def at_revision(self, revision: int) -> Self:
+        """The same, to be written over the record's state of that revision."""
+        return dataclasses.replace(self, revision=revision)
+
     def to_document(self) -> dict[str, Any]:
         """The record as CONTRACT's "Image JSON" has it: the Go program's keys in their order, then the new ones."""
         return {
