@@ -53,7 +53,7 @@ class Context:
         self.not_ready: str | None = "the service is starting"
         self._background: set[asyncio.Task[None]] = set()
         with contextlib.ExitStack() as opened:
-            self.records_pool = _opened(opened, Pool("records", 16))
+            self.records_pool = _opened(opened, Pool("records", 16, patience=1.5))
             self.reads_pool = _opened(opened, Pool("reads", 8))
             self.bytes_pool = _opened(opened, Pool("bytes", 8))
             self.health_pool = _opened(opened, Pool("health", 2))

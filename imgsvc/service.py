@@ -43,8 +43,7 @@ class ImageService:
 
     def get(self, image_id: str) -> Image:
         """Raises NotFound, also for what is no id."""
-        if not is_id(image_id):
-            raise NotFound("image not found")
+        _require_id(image_id)
         return self._records.get(image_id)
 
     def upload(self, image_type: ImageType, comment: str, expected_size: int) -> Transfer:
@@ -74,9 +73,9 @@ class ImageService:
     def delete(self, image_id: str) -> Image:
         """Removes the image and returns it as it was; a transfer of it is told to stop, whoever runs it. Raises
         NotFound."""
-        image = self.get(image_id)
-        image = self._records.delete(image.id)
-        self.drop(image.id)
+        _require_id(image_id)
+        image = self._records.delete(image_id)
+        self.drop(image_id)
         return image
 
     def drop(self, image_id: str) -> None:
@@ -132,6 +131,11 @@ class ImageService:
         # After Conflict somebody else fetches it. The claim stays, for that may be another request to this host.
         self._fetcher.submit(image)
         return image
+
+
+def _require_id(text: str) -> None:
+    if not is_id(text):
+        raise NotFound("image not found")
 
 
 def check_source(source: str) -> None:

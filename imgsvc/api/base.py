@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import re
+import sys
 import time
 import uuid
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from types import TracebackType
 from typing import Any, cast
@@ -21,7 +23,8 @@ from imgsvc.api.errors import error_document, status_of
 from imgsvc.api.in_flight import InFlight
 from imgsvc.api.progress import acknowledged
 from imgsvc.context import Context
-from imgsvc.errors import IdleTimeout, ImgsvcError, TooLarge, Unavailable
+from imgsvc.errors import IdleTimeout, ImgsvcError, Invalid, TooLarge, Unavailable
+from imgsvc.metadata.image import UNKNOWN_SIZE
 
 # Bytes of a body that is a document, or that nobody asked for.
 MAX_DOCUMENT = 64 * 1024
@@ -31,7 +34,10 @@ LINGER = 5.0
 # What the log says of a request whose client left before the answer.
 CLIENT_LEFT = 499
 
+_LENGTH = re.compile(r"[0-9]{1,18}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+
+Method = Callable[..., Awaitable[None] | None]
 
 log = structlog.get_logger()
 
@@ -45,6 +51,8 @@ class BaseHandler(RequestHandler):
     """
 
     allowed: tuple[str, ...] = ()
+    # What another method is answered with.
+    otherwise = HTTPStatus.METHOD_NOT_ALLOWED
     needs_stores = True
 
     def initialize(self, context: Context, in_flight: InFlight) -> None:
@@ -80,6 +88,8 @@ class BaseHandler(RequestHandler):
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request=self.request_id)
         self.in_flight.add(self)
+        # What is too much is for `accept_body` and `body_received` to say, for Tornado's own limit says it by a reset.
+        cast("HTTP1Connection", self.request.connection).set_max_body_size(sys.maxsize)
         try:
             self._check_ready()
             if self._has_body():
@@ -90,9 +100,18 @@ class BaseHandler(RequestHandler):
 
     async def accept_body(self) -> None:
         """Raises what a request is to be refused with before any of its body is read."""
-        length = self.request.headers.get("Content-Length", "0")
-        if length.isdigit() and int(length) > MAX_DOCUMENT:
+        if self.announced_length() > MAX_DOCUMENT:
             raise TooLarge(f"the body may have at most {MAX_DOCUMENT} bytes")
+
+    def announced_length(self) -> int:
+        """Bytes of the body that is to come, or UNKNOWN_SIZE. Raises Invalid."""
+        headers = self.request.headers
+        if "Transfer-Encoding" in headers:
+            return UNKNOWN_SIZE
+        length = headers.get("Content-Length", "0")
+        if not _LENGTH.fullmatch(length):
+            raise Invalid("invalid Content-Length header")
+        return int(length)
 
     async def body_received(self, chunk: bytes) -> None:
         """Takes the next piece of a body that was accepted. What it raises is answered at once."""
@@ -117,6 +136,7 @@ class BaseHandler(RequestHandler):
         """
         if self._finished or self.refused:
             return
+        self.log_exception(type(error), error, error.__traceback__)
         self._write_error_document(error)
         self.set_header("Connection", "close")
         if not self._has_body() or (self._bytes_in == 0 and "Expect" in self.request.headers):
@@ -142,6 +162,18 @@ class BaseHandler(RequestHandler):
             if acknowledged(connection.stream) == taken:
                 flushed.cancel()
                 raise IdleTimeout(f"the client took nothing for {idle_timeout:g} seconds")
+
+    def _no_such_method(self, *_: str) -> None:
+        if not self.refused:
+            raise HTTPError(self.otherwise)
+
+    get: Method = _no_such_method
+    head: Method = _no_such_method
+    post: Method = _no_such_method
+    put: Method = _no_such_method
+    delete: Method = _no_such_method
+    patch: Method = _no_such_method
+    options: Method = _no_such_method
 
     async def stop(self) -> None:
         """Ends the request before its time."""
@@ -206,8 +238,6 @@ class BaseHandler(RequestHandler):
         self.set_status(status)
         if status is HTTPStatus.METHOD_NOT_ALLOWED:
             self.set_header("Allow", ", ".join(self.allowed))
-        if status is HTTPStatus.INTERNAL_SERVER_ERROR:
-            self.log_exception(type(error), error, error.__traceback__)
         self.write(error_document(error, expose_stack=self.context.settings.expose_stack))
 
     def _check_ready(self) -> None:
@@ -216,7 +246,7 @@ class BaseHandler(RequestHandler):
 
     def _check_method(self) -> None:
         if self.request.method not in self.allowed:
-            raise HTTPError(HTTPStatus.METHOD_NOT_ALLOWED)
+            raise HTTPError(self.otherwise)
 
     def _has_body(self) -> bool:
         headers = self.request.headers
@@ -231,15 +261,4 @@ class UnknownPathHandler(BaseHandler):
     """Every path that is none of ours, whatever the method."""
 
     needs_stores = False
-
-    async def accept_body(self) -> None:
-        raise HTTPError(HTTPStatus.NOT_FOUND, "not found")
-
-    def _check_method(self) -> None:
-        """A path that is not there has no methods either."""
-
-    def _not_found(self) -> None:
-        if not self.refused:
-            raise HTTPError(HTTPStatus.NOT_FOUND, "not found")
-
-    get = head = post = put = delete = patch = options = _not_found
+    otherwise = HTTPStatus.NOT_FOUND

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from http import HTTPStatus
 from typing import Any, cast
@@ -16,7 +15,7 @@ from imgsvc.api.upload import Upload
 from imgsvc.blocks import BLOCK
 from imgsvc.errors import IdleTimeout, ImgsvcError, Incomplete, Invalid, Stopping
 from imgsvc.images.store import ImageReader
-from imgsvc.metadata.image import UNKNOWN_SIZE, Image, ImageType
+from imgsvc.metadata.image import Image, ImageType
 
 log = structlog.get_logger()
 
@@ -104,13 +103,10 @@ class ImagesHandler(ImageAnswer):
         image_type = _image_type(headers.get("X-Image-Type", ""), "invalid X-Image-Type header")
         # Tornado hands headers over as latin-1; the wire contract has UTF-8 in this one.
         comment = headers.get("X-Image-Comment", "").encode("latin-1", "replace").decode("utf-8", "replace")
-        length = int(headers.get("Content-Length", UNKNOWN_SIZE if "Transfer-Encoding" in headers else 0))
         service = self.context.service
-        transfer = await self.context.records_pool.run(service.upload, image_type, comment, length)
+        transfer = await self.context.records_pool.run(service.upload, image_type, comment, self.announced_length())
         upload = Upload(transfer, self.context.bytes_pool, self.context.settings.idle_timeout, self._give_up)
-        connection = cast("HTTP1Connection", self.request.connection)
-        connection.set_max_body_size(sys.maxsize)  # the transfer counts, and answers better than a reset
-        if connection.stream.closed():
+        if cast("HTTP1Connection", self.request.connection).stream.closed():
             await upload.abort(Incomplete("the sender went away before the first byte"))
         self.upload = upload
         return upload
