@@ -8,7 +8,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 
-from imgsvc.errors import Conflict, NotFound, SourceTaken
+from imgsvc.errors import Conflict, Invalid, NotFound, SourceTaken
 from imgsvc.metadata.image import Image, ImageType, Status
 from imgsvc.metadata.store import Entry, Member
 
@@ -51,6 +51,7 @@ class MemoryMetadataStore:
 
     def create(self, image: Image) -> Image:
         created = dataclasses.replace(image, revision=1)
+        _check_text(image)
         with self._lock:
             stored = self._images.get(image.id)
             if stored is not None:
@@ -66,6 +67,7 @@ class MemoryMetadataStore:
 
     def update(self, image: Image) -> Image:
         updated = dataclasses.replace(image, revision=image.revision + 1)
+        _check_text(image)
         with self._lock:
             stored = self._find(image.id)
             if stored == updated:
@@ -130,5 +132,13 @@ class MemoryMetadataStore:
         self._images[image.id] = image
         if image.status is Status.COMPLETE:
             self._held.add(image.id)
-        else:
+        elif image.status is Status.ERROR:
             self._held.discard(image.id)
+
+
+def _check_text(image: Image) -> None:
+    """Every other store writes UTF-8."""
+    try:
+        image.to_json().encode()
+    except UnicodeEncodeError as error:
+        raise Invalid("the text of an image must be Unicode without lone surrogates") from error

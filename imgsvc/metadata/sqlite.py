@@ -45,6 +45,11 @@ _CREATE_TYPE_INDEX = "CREATE INDEX IF NOT EXISTS imgsvc_images_type ON imgsvc_im
 _BY_ID = "SELECT id, document, revision, holder FROM imgsvc_images WHERE id = ?"
 _BY_SOURCE = "SELECT id, document, revision, holder FROM imgsvc_images WHERE source = ?"
 _AFTER = "SELECT id, document, revision, holder FROM imgsvc_images WHERE id > ? ORDER BY id LIMIT ?"
+_UPDATE = """
+    UPDATE imgsvc_images
+    SET document = :document, revision = :revision + 1,
+        holder = CASE :status WHEN 'complete' THEN :member WHEN 'error' THEN NULL ELSE holder END
+    WHERE id = :id AND revision = :revision"""
 _TYPE_AFTER = "SELECT id, document, revision, holder FROM imgsvc_images WHERE type = ? AND id > ? ORDER BY id LIMIT ?"
 
 
@@ -102,19 +107,24 @@ class SqliteMetadataStore:
             claimant = _search(writer, _BY_SOURCE, image.source)
             if claimant is not None:
                 raise SourceTaken(claimant)
-            insert_record(writer, created, claimed_source=image.source or None, holder=self._holder_of(image))
+            holder = self._member.id if image.status is Status.COMPLETE else None
+            insert_record(writer, created, claimed_source=image.source or None, holder=holder)
             return created
 
         return self._write(insert)
 
     def update(self, image: Image) -> Image:
         updated = dataclasses.replace(image, revision=image.revision + 1)
-        change = (updated.to_json(), updated.revision, self._holder_of(image), image.id, image.revision)
+        change = {
+            "id": image.id,
+            "revision": image.revision,
+            "document": image.to_json(),
+            "status": image.status.value,
+            "member": self._member.id,
+        }
 
         def replace(writer: sqlite3.Connection) -> Image:
-            done = writer.execute(
-                "UPDATE imgsvc_images SET document = ?, revision = ?, holder = ? WHERE id = ? AND revision = ?", change
-            )
+            done = writer.execute(_UPDATE, change)
             if done.rowcount or _find(writer, _BY_ID, image.id) == updated:  # now, or by the same call before
                 return updated
             raise Conflict(f"image {image.id} has changed since it was read")
@@ -243,9 +253,6 @@ class SqliteMetadataStore:
     def _entry(self, row: Any) -> Entry:
         image = _image(row)
         return Entry(image, owner=self._member.id if image.in_transfer else None, here=row[3] is not None)
-
-    def _holder_of(self, image: Image) -> str | None:
-        return self._member.id if image.status is Status.COMPLETE else None
 
     def _set_holder(self, image_id: str, holder: str | None) -> bool:
         def note(writer: sqlite3.Connection) -> bool:
