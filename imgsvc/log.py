@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import sys
 import threading
 from collections.abc import MutableMapping
 from types import TracebackType
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, TextIO, cast
+from urllib.parse import urlsplit, urlunsplit
 
 import structlog
+
+_HIDDEN = "***"
 
 _encode = json.JSONEncoder(separators=(",", ":"), default=str).encode
 
@@ -32,7 +36,7 @@ def setup(level: str, log_format: str) -> None:
             *(_console(colours=terminal) if console else _JSON),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(threshold),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(cast("TextIO", _Stderr(sys.stderr.fileno()))),
         cache_logger_on_first_use=True,
     )
     logging.basicConfig(handlers=[_ToStructlog()], level=threshold, force=True)
@@ -47,19 +51,38 @@ def redact(url: str) -> str:
     try:
         parts = urlsplit(url)
     except ValueError:
-        return "***"
+        return _HIDDEN
+    if not parts.netloc:
+        return _HIDDEN
     _, user, host = parts.netloc.rpartition("@")
-    hidden = "?***" if parts.query or parts.fragment else ""
-    return f"{parts.scheme}://{'***@' if user else ''}{host}{parts.path}{hidden}"
+    netloc = f"{_HIDDEN}@{host}" if user else host
+    query = _HIDDEN if parts.query or parts.fragment else ""
+    return urlunsplit((parts.scheme, netloc, parts.path, query, ""))
+
+
+class _Stderr:
+    """Takes lines and never raises: where the disk or the pipe behind it takes no more, a line is lost, and no image
+    with it. Unbuffered, so that none is left to fail when the process ends."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def write(self, line: str) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self._descriptor, line.encode(errors="backslashreplace"))
+
+    def flush(self) -> None: ...
 
 
 class _ToStructlog(logging.Handler):
     """Hands the standard library's records over, so that there is one renderer and one stream."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        # A level between two of the five that structlog knows is the lower one.
+        level = max(logging.DEBUG, min(record.levelno // 10 * 10, logging.CRITICAL))
         try:
             structlog.get_logger().log(
-                min(record.levelno // 10, 5) * 10 or 10,
+                level,
                 record.getMessage(),
                 logger=record.name,
                 exc_info=record.exc_info,
