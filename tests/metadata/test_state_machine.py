@@ -228,29 +228,30 @@ class Client:
         self.claimants: list[Image] = []
 
     def work(self) -> None:
-        for number in range(60):
+        for number in range(80):
+            (call,) = self.random.choices([self.create, self.update, self.delete], [3, 6, 1])
             try:
-                self.random.choice([self.create, self.update, self.update, self.update, self.delete])(number)
+                call(number)
             except SourceTaken as taken:
                 self.claimants.append(taken.image)
             except (Conflict, NotFound):
                 continue
 
     def create(self, number: int) -> None:
-        source = self.random.choice(SOURCES)
+        source = self.random.choice([*SOURCES, "", "", ""])
         wanted = Image(id=new_id(), type=ImageType.KVM, source=source, comment=f"{self.name}.{number}")
         self.created.append(self.store.create(wanted))
         self.ids.append(wanted.id)
 
     def update(self, number: int) -> None:
         if self.ids:
-            current = self.store.get(self.random.choice(self.ids[-5:]))
+            current = self.store.get(self.random.choice(self.ids[-8:]))
             wanted = dataclasses.replace(current.progressed(number), comment=f"{self.name}.{number}")
             self.updated.append((current.revision, self.store.update(wanted)))
 
     def delete(self, _number: int) -> None:
         if self.ids:
-            self.deleted.append(self.store.delete(self.random.choice(self.ids[-5:])))
+            self.deleted.append(self.store.delete(self.random.choice(self.ids[-8:])))
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -1,0 +1,143 @@
+"""The SQLite metadata store on a real, small and completely full disk: a tmpfs of 8 MiB."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from imgsvc.errors import NoSpace, NotFound
+from imgsvc.metadata.ballast import BALLAST_SIZE
+from imgsvc.metadata.image import Image, ImageType, new_id
+from imgsvc.metadata.sqlite import SqliteMetadataStore
+from tests.metadata.conftest import MEMBER
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a tmpfs takes root")
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield tmp_path
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.fixture
+def filename(disk: Path) -> Path:
+    return disk / "imgsvc.db"
+
+
+@pytest.fixture
+def store(filename: Path) -> Iterator[SqliteMetadataStore]:
+    with contextlib.closing(SqliteMetadataStore(filename, MEMBER)) as store:
+        yield store
+
+
+@pytest.fixture
+def ballast(filename: Path) -> Path:
+    return filename.with_name(filename.name + ".ballast")
+
+
+def fill(disk: Path) -> None:
+    """Leaves not one block free."""
+    with (disk / "filler").open("ab", buffering=0) as filler, pytest.raises(OSError) as full:
+        for_ever(lambda: filler.write(bytes(4096)))
+    assert full.value.errno == errno.ENOSPC
+
+
+def for_ever(call: Callable[[], object]) -> None:
+    """Until it raises."""
+    while True:
+        call()
+
+
+def image() -> Image:
+    image_id = new_id()
+    # As long as real ones are: a few of them fill a page.
+    return Image(id=image_id, type=ImageType.KVM, source=f"http://source.example/{image_id}", comment="x" * 500)
+
+
+def test_new_records_find_no_space(store: SqliteMetadataStore, disk: Path, ballast: Path) -> None:
+    """A create and a transfer's progress raise NoSpace, change nothing, and leave the ballast to others."""
+    current = store.create(image())
+    use_up_the_log(store, disk)
+    with pytest.raises(NoSpace):
+        store.create(image())
+    with pytest.raises(NoSpace):
+        store.update(current.progressed(1))
+    assert store.get(current.id) == current
+    assert ballast.stat().st_size == BALLAST_SIZE
+
+
+def use_up_the_log(store: SqliteMetadataStore, disk: Path) -> None:
+    """Fills the disk, and what the log has allocated before: until a small write finds no space."""
+    fill(disk)
+    with pytest.raises(NoSpace):
+        for_ever(lambda: store.create(Image(id=new_id(), type=ImageType.KVM)))
+
+
+def test_everything_can_be_finished_and_deleted(store: SqliteMetadataStore, disk: Path) -> None:
+    """Each of 300 records can be failed, and then deleted, while nothing is free but what the ballast gave."""
+    images = [store.create(image()) for _ in range(300)]
+    fill(disk)
+    for each in images:
+        failed = store.update(each.failed("no space left on the disk, " + "and so on " * 20))
+        assert store.get(each.id) == failed
+    for each in images:
+        store.delete(each.id)
+        with pytest.raises(NotFound):
+            store.get(each.id)
+
+
+def test_room_is_taken_again(store: SqliteMetadataStore, disk: Path, ballast: Path) -> None:
+    """The ballast goes when it is needed, and is back with the first write after there is space again."""
+    images = [store.create(image()) for _ in range(50)]
+    fill(disk)
+    for each in images[:-1]:
+        store.delete(each.id)
+    assert not ballast.exists()
+    (disk / "filler").unlink()
+    store.delete(images[-1].id)
+    assert ballast.stat().st_size == BALLAST_SIZE
+
+
+def test_room_that_somebody_else_took(store: SqliteMetadataStore, disk: Path, ballast: Path) -> None:
+    """When even the ballast's room is gone, a delete raises NoSpace and loses nothing, and it works again later."""
+    created = store.create(image())
+    ballast.unlink()
+    use_up_the_log(store, disk)
+    with pytest.raises(NoSpace):
+        store.delete(created.id)
+    assert store.get(created.id) == created
+    store.ping()
+    (disk / "filler").unlink()
+    store.delete(created.id)
+    assert ballast.exists()
+
+
+def test_start_on_a_full_disk(filename: Path, disk: Path) -> None:
+    """A service that is started while its disk is full comes up, and images can be deleted."""
+    with contextlib.closing(SqliteMetadataStore(filename, MEMBER)) as store:
+        created = store.create(image())
+    fill(disk)
+    with contextlib.closing(SqliteMetadataStore(filename, MEMBER)) as store:
+        assert store.delete(created.id) == created
+
+
+def test_ballast_cut_short_is_made_whole(filename: Path, ballast: Path) -> None:
+    """A ballast that a crash left half written counts for nothing, and is written anew."""
+    ballast.write_bytes(b"half")
+    SqliteMetadataStore(filename, MEMBER).close()
+    assert ballast.stat().st_size == BALLAST_SIZE
+    assert len(set(ballast.read_bytes())) == 256  # all zeros would take no space where files are compressed
