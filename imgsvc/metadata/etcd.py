@@ -216,14 +216,13 @@ class EtcdMetadataStore:
         owner, replicas = self._layout.owner(image.id), self._layout.replicas(image.id)
         if image.status is Status.COMPLETE:
             return write([delete(owner), put(self._layout.replica(image.id, self._member.id), self._note())])
-        no_replicas = delete(replicas, end_of(replicas))
         if not image.in_transfer:
-            return write([delete(owner), no_replicas])
+            return write([delete(owner), delete(replicas, end_of(replicas))])
         lease = self._leases.lease()
         try:
-            return write([put(owner, self._member.id, lease), no_replicas])
+            return write([put(owner, self._member.id, lease)])
         except LeaseLost:
-            return write([put(owner, self._member.id, self._leases.lease(lost=lease)), no_replicas])
+            return write([put(owner, self._member.id, self._leases.lease(lost=lease))])
 
     def _written(self, image: Image, revision: int) -> Image:
         if image.in_transfer:

@@ -27,11 +27,13 @@ Opener = Callable[[], MetadataStore]
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """A store type. `places` gives a maker of places, each an empty set of records; what a place is given as opens
-    it, as MEMBER, as often as it is called. `examples` bounds hypothesis, which takes a new place for each."""
+    it, as MEMBER, as often as it is called. `keeps_owners` is whether a member that has gone still owns what it was
+    transferring. `examples` bounds hypothesis, which takes a new place for each."""
 
     places: Callable[[pytest.FixtureRequest], Callable[[], Opener]]
     keeps_records: bool
     examples: int
+    keeps_owners: bool = True
 
 
 def _memory_places(_request: pytest.FixtureRequest) -> Callable[[], Opener]:
@@ -80,7 +82,7 @@ KINDS: dict[str, Kind] = {
     "memory": Kind(_memory_places, keeps_records=False, examples=100),
     "sqlite": Kind(_sqlite_places, keeps_records=True, examples=25),
     "kvite": Kind(_kvite_places, keeps_records=True, examples=10),
-    "etcd": Kind(_etcd_places, keeps_records=True, examples=5),
+    "etcd": Kind(_etcd_places, keeps_records=True, examples=15, keeps_owners=False),
 }
 
 

@@ -54,20 +54,26 @@ class MetadataMachine(RuleBasedStateMachine):
 
     states = Bundle("states")  # every state that a record ever had, also of records that are gone
 
-    def __init__(self, place: Opener, *, keeps_records: bool) -> None:
+    def __init__(self, place: Opener, *, keeps_records: bool, keeps_owners: bool) -> None:
         super().__init__()
         self.place = place
         self.keeps_records = keeps_records
+        self.keeps_owners = keeps_owners
         self.store: MetadataStore = place()
         self.identity = self.store.identity
         self.images: dict[str, Image] = {}
         self.claims: dict[str, str] = {}
         self.held: set[str] = set()
+        self.owned: set[str] = set()
         self.last_update: tuple[Image, Image] | None = None
         self.serial = itertools.count()
 
     def remember(self, image: Image) -> None:
         self.images[image.id] = image
+        if image.in_transfer:
+            self.owned.add(image.id)
+        else:
+            self.owned.discard(image.id)
         if image.status is Status.COMPLETE:
             self.held.add(image.id)
         elif image.status is Status.ERROR:
@@ -137,6 +143,7 @@ class MetadataMachine(RuleBasedStateMachine):
         assert self.store.delete(state.id) == current
         self.claims.pop(current.source, None)
         self.held.discard(current.id)
+        self.owned.discard(current.id)
 
     @rule(state=states)
     def hold(self, state: Image) -> None:
@@ -178,13 +185,16 @@ class MetadataMachine(RuleBasedStateMachine):
             assert listed == [image for image in images if wanted in (None, image.type)]
         surveyed = [entry for page in self.store.survey() for entry in page]
         assert [entry.image for entry in surveyed] == images
-        assert all(entry.owner == (MEMBER.id if entry.image.in_transfer else None) for entry in surveyed)
+        assert {entry.image.id for entry in surveyed if entry.owner == MEMBER.id} == self.owned
+        assert all(entry.owner in (MEMBER.id, None) for entry in surveyed)
         assert {entry.image.id for entry in surveyed if entry.here} == self.held
 
     @precondition(lambda self: self.keeps_records)
     @rule()
     def reopen(self) -> None:
         self.store.close()
+        if not self.keeps_owners:
+            self.owned.clear()
         self.store = self.place()
         assert self.store.identity == self.identity
 
@@ -200,7 +210,7 @@ def test_a_store_is_a_dict(kind: Kind, new_place: Callable[[], Opener]) -> None:
 
     class Machine(MetadataMachine):
         def __init__(self) -> None:
-            super().__init__(new_place(), keeps_records=kind.keeps_records)
+            super().__init__(new_place(), keeps_records=kind.keeps_records, keeps_owners=kind.keeps_owners)
 
     run_state_machine_as_test(
         Machine,
