@@ -12,7 +12,7 @@ from imgsvc import __version__, config, log
 from imgsvc.errors import ConfigError
 
 # argparse ends with the same for a wrong flag. The systemd unit names it, as trying again would not help.
-_WRONG_SETTING = 2
+WRONG_SETTING = 2
 
 _SERVE = """Serve guest images until SIGTERM or SIGINT.
 
@@ -101,7 +101,7 @@ def _serve(options: argparse.Namespace) -> int:
 
         return serve(settings)
     except ConfigError as error:
-        return _complain(error, _WRONG_SETTING)
+        return _complain(error, WRONG_SETTING)
 
 
 def _check(options: argparse.Namespace) -> int:
