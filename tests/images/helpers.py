@@ -16,11 +16,16 @@ def content_of(image_id: str, size: int) -> bytes:
     return random.Random(image_id).randbytes(size)
 
 
-def put(store: ImageStore, image_id: str, content: bytes) -> None:
+def size_of(image_id: str) -> int:
+    """A size between nothing and 2 MiB that follows from the id."""
+    return random.Random(f"size of {image_id}").randrange(2 * BLOCK)
+
+
+def put(store: ImageStore, image_id: str, content: bytes, block: int = BLOCK) -> None:
     """Stores the content in blocks, as a transfer does."""
     with closing(store.writer(image_id)) as writer:
-        for offset in range(0, len(content), BLOCK):
-            writer.write(content[offset : offset + BLOCK])
+        for offset in range(0, len(content), block):
+            writer.write(content[offset : offset + block])
         writer.commit()
 
 
