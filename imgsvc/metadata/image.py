@@ -166,9 +166,8 @@ def format_time(moment: datetime | None) -> str:
     """RFC 3339 in UTC with `Z`, no trailing zeros in the fraction, as Go writes it; None is Go's zero time."""
     if moment is None:
         return _NEVER
-    moment = moment.astimezone(UTC)
-    fraction = f".{moment.microsecond:06d}".rstrip("0").rstrip(".")
-    return f"{moment:%Y-%m-%dT%H:%M:%S}{fraction}Z"
+    text = moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="microseconds")
+    return text.rstrip("0").rstrip(".") + "Z"
 
 
 def parse_time(text: str) -> datetime | None:
@@ -179,7 +178,12 @@ def parse_time(text: str) -> datetime | None:
     seconds, fraction, offset = match.groups()
     moment = datetime.fromisoformat(f"{seconds}.{(fraction or '')[:6]:0<6}{'+00:00' if offset == 'Z' else offset}")
     # Go's zero time may carry any offset, and then has no UTC form that datetime can hold.
-    return None if moment.year == 1 else moment.astimezone(UTC)
+    if moment.year == 1:
+        return None
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError as error:
+        raise ValueError(f"not a time that has a UTC form: {text!r}") from error
 
 
 def _text(document: dict[str, Any], key: str, default: str | None = None) -> str:
