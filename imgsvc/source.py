@@ -46,7 +46,8 @@ class Source:
         self._url = url
         self._settings = settings
         self._sink = sink
-        self._error: ImgsvcError | None = None
+        self._error: Exception | None = None
+        self._status = 0
         self._denied: str | None = None
         self._chunked = False
         self._announced = UNKNOWN_SIZE
@@ -98,13 +99,13 @@ class Source:
         set_option(pycurl.XFERINFOFUNCTION, self._guard(self._progress, 0))
 
     def _guard(self, callback: Callable[..., None], success: int | None) -> Callable[..., int | None]:
-        """Remembers the first error of ours, which curl would turn into a bare number."""
+        """Remembers the first error, which curl would turn into a bare number, and pycurl print."""
 
         def guarded(*args: object) -> int | None:
             if self._error is None:
                 try:
                     callback(*args)
-                except ImgsvcError as error:
+                except Exception as error:  # noqa: BLE001 - `_explain` raises it
                     self._error = error
                 else:
                     return success
@@ -127,6 +128,7 @@ class Source:
         name, _, value = line.decode("latin-1").partition(":")
         name, value = name.strip().lower(), value.strip()
         if name.startswith("http/"):
+            self._status = int(name.split()[1])  # which is a number, or curl would have refused it
             self._chunked = False
             self._announced = UNKNOWN_SIZE
         elif self._begun:
@@ -141,9 +143,8 @@ class Source:
     def _begin(self) -> None:
         if self._begun:
             return
-        status = self._curl.getinfo(pycurl.RESPONSE_CODE)
-        if status != HTTP_OK:
-            raise FetchFailed(f"the source answered {status}")
+        if self._status != HTTP_OK:
+            raise FetchFailed(f"the source answered {self._status}")
         if self._chunked:
             self._announced = UNKNOWN_SIZE  # RFC 9112, section 6.3: chunked overrides a length
         self._begun = True
