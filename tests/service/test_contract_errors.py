@@ -124,7 +124,7 @@ def test_every_request_has_its_line_in_the_log(service: Service) -> None:
         request_id = answer.headers["X-Request-Id"]
 
         def lines(request_id: str = request_id) -> list[dict[str, Any]]:
-            return [line for line in service.log if line.get("request_id") == request_id and "status" in line]
+            return [line for line in service.log if line.get("request") == request_id and "status" in line]
 
         wait_for(lines, 5, f"a line for {method} {path}")
         (line,) = lines()
@@ -149,8 +149,8 @@ def test_an_error_does_not_end_the_connection(service: Service) -> None:
     """After an error whose request was read to its end, the next request on the connection is answered."""
     with Connection(service.port) as connection:
         for mistake in MISTAKES:
-            # An upload that is refused ends with its connection: its body may be long.
-            if mistake.method == "PUT":
+            # What is refused ahead of its body ends with its connection: the body may be long.
+            if mistake.method == "PUT" or (mistake.status == 405 and mistake.body):
                 continue
             body = mistake.body or b""
             head = f"{mistake.method} {mistake.path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
