@@ -60,7 +60,7 @@ class Service(Client):
         self.log: list[dict[str, Any]] = []
         self._strange: list[str] = []
         self._expected: set[str] = set()
-        self._checked = 0
+        self._first = self._checked = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
 
@@ -87,7 +87,7 @@ class Service(Client):
         """Starts the program, which is not running, on a port of its choice; unless told otherwise, until it is ready."""
         assert self._process is None
         self.data_dir.mkdir(parents=True, exist_ok=True)
-        first = len(self.log)
+        self._first = len(self.log)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "imgsvc", "serve", "--port", "0", "--data-dir", str(self.data_dir)],
             stdin=subprocess.DEVNULL,
@@ -99,22 +99,26 @@ class Service(Client):
         self._reader.start()
         if wait:
             try:
-                self._wait_ready(first)
+                self.wait_ready()
             except BaseException:
                 self.close()
                 raise
 
-    def wait_listening(self, first: int = 0) -> None:
-        """Until it has said its port, in a log line from number `first` on."""
+    def wait_listening(self) -> None:
+        """Until it has said its port."""
         listening: list[dict[str, Any]] = []
 
         def said() -> bool:
-            listening.extend(line for line in self.log[first:] if line.get("event") == "listening")
+            listening.extend(line for line in self.log[self._first :] if line.get("event") == "listening")
             assert listening or self._running().poll() is None, f"ended at start:\n{self.tail()}"
             return bool(listening)
 
         wait_for(said, _READY_SECONDS, "the service listens")
         self.port = int(listening[0]["port"])
+
+    def wait_ready(self) -> None:
+        self.wait_listening()
+        wait_for(lambda: self.get("/readyz").status == 200, _READY_SECONDS, "the service is ready")
 
     def kill(self) -> None:
         """SIGKILL, and no more of it when this returns; nothing if it does not run."""
@@ -220,10 +224,6 @@ class Service(Client):
                 self.log.append(parsed)
             else:
                 self._strange.append(line.decode(errors="replace").rstrip())
-
-    def _wait_ready(self, first: int) -> None:
-        self.wait_listening(first)
-        wait_for(lambda: self.get("/readyz").status == 200, _READY_SECONDS, "the service is ready")
 
     def _is_bad(self, line: dict[str, Any]) -> bool:
         if line.get("event") in self._expected:

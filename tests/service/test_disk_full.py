@@ -6,14 +6,13 @@ Metadata and images share one small tmpfs here, which only root may mount.
 from __future__ import annotations
 
 import os
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.client import Connection
 from tests.harness import Service, wait_for
+from tests.mounts import Mount
 from tests.service.conftest import Settings, StartService
 from tests.source import Resource, Source
 
@@ -22,22 +21,16 @@ DISK = 48 * MIB
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(mount: Mount, tmp_path: Path) -> Path:
     """A file system of its own with 48 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("only root may mount the small file system that this test fills")
     directory = tmp_path / "disk"
     directory.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "imgsvc-test", str(directory)]
-    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    if mounted.returncode != 0:
-        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
-    yield directory
-    subprocess.run(["umount", "--lazy", str(directory)], check=True)
+    mount("-t", "tmpfs", "-o", f"size={DISK}", "imgsvc-test", directory)
+    return directory
 
 
 @pytest.fixture
-def full_service(start_service: StartService, records: Settings, small_disk: Path) -> Service:
+def full_service(small_disk: Path, start_service: StartService, records: Settings) -> Service:
     """A service on the small disk."""
     return start_service(small_disk / "data", **records)
 
@@ -126,7 +119,7 @@ def test_announced_uploads_are_not_promised_the_same_space(full_service: Service
         assert first.answer().status == 200
 
 
-def test_another_program_fills_the_disk(start_service: StartService, records: Settings, small_disk: Path) -> None:
+def test_another_program_fills_the_disk(small_disk: Path, start_service: StartService, records: Settings) -> None:
     """When the very last byte is taken in mid-transfer, upload and fetch end in `error` and say so, images can be
     read and deleted, and after that there is room again. This is the fault: metadata has to be written, on the same
     full disk, to say so."""
@@ -158,7 +151,7 @@ def test_another_program_fills_the_disk(start_service: StartService, records: Se
     assert service.upload(bytes(4 * MIB))["status"] == "complete"
 
 
-def test_a_start_on_a_full_disk(start_service: StartService, records: Settings, small_disk: Path) -> None:
+def test_a_start_on_a_full_disk(small_disk: Path, start_service: StartService, records: Settings) -> None:
     """Killed in mid-upload with the disk full, the service starts again, settles what it left, and deletes."""
     service = start_service(small_disk / "data", **records, disk_reserve=0)
     good = service.upload(bytes(8 * MIB))

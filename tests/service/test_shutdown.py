@@ -136,7 +136,7 @@ def test_a_signal_during_the_start(start_service: StartService) -> None:
     service = start_service()
     assert service.terminate() == 0
     service.start(wait=False)
-    service.wait_listening(len(service.log))
+    service.wait_listening()
     assert service.terminate() == 0
 
 
