@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -20,6 +21,7 @@ from imgsvc.errors import ConfigError, NotFound, Unavailable
 from imgsvc.metadata.image import Image, ImageType, new_id
 from imgsvc.metadata.sqlite import SqliteMetadataStore, insert_record
 from tests.metadata.conftest import MEMBER
+from tests.mounts import Mount
 
 
 def image(source: str = "") -> Image:
@@ -84,25 +86,32 @@ class TestRefusedFiles:
     def test_missing_directory(self, tmp_path: Path) -> None:
         self.refused(tmp_path / "missing" / "imgsvc.db")
 
-    def test_unwritable(self, filename: Path) -> None:
+    def test_unwritable(self) -> None:
         """Whoever may only read the file is told so at the start, not at the first upload."""
-        SqliteMetadataStore(filename, MEMBER).close()
-        filename.chmod(0o444)
-        with unprivileged():
-            self.refused(filename)
+        with TemporaryDirectory() as directory:  # not tmp_path, into which nobody else may look
+            Path(directory).chmod(0o755)
+            filename = Path(directory, "imgsvc.db")
+            SqliteMetadataStore(filename, MEMBER).close()
+            filename.chmod(0o444)
+            with unprivileged():
+                assert filename.read_bytes()
+                self.refused(filename)
+
+    def test_read_only_file_system(self, tmpfs: Path, mount: Mount) -> None:
+        SqliteMetadataStore(tmpfs / "imgsvc.db", MEMBER).close()
+        mount("-o", "remount,ro", tmpfs)
+        self.refused(tmpfs / "imgsvc.db")
 
 
 @contextlib.contextmanager
 def unprivileged() -> Iterator[None]:
     """As a user to whom file modes apply, which they do not to root."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
+    user = os.geteuid()
+    os.seteuid(user or 65534)
     try:
         yield
     finally:
-        os.seteuid(0)
+        os.seteuid(user)
 
 
 class TestTrouble:
