@@ -129,7 +129,7 @@ class SqliteMetadataStore:
                 return updated
             raise Conflict(f"image {image.id} has changed since it was read")
 
-        return self._write(replace, may_need_ballast=not image.in_transfer)
+        return self._write(replace, may_need_ballast=image.status is not Status.DOWNLOADING)
 
     def delete(self, image_id: str) -> Image:
         def remove(writer: sqlite3.Connection) -> Image:
@@ -212,8 +212,8 @@ class SqliteMetadataStore:
             self._readers.put(connection)
 
     def _write(self, change: Callable[[sqlite3.Connection], _T], *, may_need_ballast: bool = False) -> _T:
-        """Commits `change`. One that helps to end a shortage of space gets the ballast's room when it needs it; a
-        new record or a transfer's progress does not: it would use up the room and change nothing."""
+        """Commits `change`. One that deletes or settles a record gets the ballast's room when it needs it; a new
+        record or a transfer's progress does not: it would use up the room and free nothing."""
         with self._lock, self._translated():
             try:
                 result = self._commit(change)
@@ -262,14 +262,15 @@ class SqliteMetadataStore:
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
+        """Clients read these sentences, so they name no path."""
         try:
             yield
         except UnicodeEncodeError as error:
             raise Invalid("the text of an image must be Unicode without lone surrogates") from error
         except sqlite3.Error as error:
             if self._is_no_space(error):
-                raise NoSpace(f"no space left for {self._filename}") from error
-            raise Unavailable(f"{self._filename}: {error}") from error
+                raise NoSpace("no space left for the records of images") from error
+            raise Unavailable(f"the records of images cannot be used now: {error}") from error
 
     def _is_no_space(self, error: sqlite3.Error) -> bool:
         """SQLite calls only a write's ENOSPC full. A quota (EDQUOT, which is what ZFS says), and a full disk met

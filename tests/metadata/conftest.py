@@ -77,7 +77,7 @@ def _new_files(request: pytest.FixtureRequest) -> Iterator[Path]:
     return (directory / f"{number}.db" for number in itertools.count())
 
 
-# By type, as the settings name them; the modules of imgsvc.metadata are named so too.
+# By type, as the settings name them.
 KINDS: dict[str, Kind] = {
     "memory": Kind(_memory_places, keeps_records=False, examples=100),
     "sqlite": Kind(_sqlite_places, keeps_records=True, examples=25),

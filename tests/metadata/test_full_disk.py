@@ -55,10 +55,11 @@ def image() -> Image:
 
 def test_new_records_find_no_space(store: SqliteMetadataStore, tmpfs: Path, ballast: Path) -> None:
     """A create and a transfer's progress raise NoSpace, change nothing, and leave the ballast to others."""
-    current = store.create(image())
+    current = store.update(store.create(image()).started(5))
     use_up_the_log(store, tmpfs)
-    with pytest.raises(NoSpace):
+    with pytest.raises(NoSpace) as full:
         store.create(image())
+    assert str(tmpfs) not in str(full.value)
     with pytest.raises(NoSpace):
         store.update(current.progressed(1))
     assert store.get(current.id) == current
@@ -73,12 +74,14 @@ def use_up_the_log(store: SqliteMetadataStore, tmpfs: Path) -> None:
 
 
 def test_everything_can_be_finished_and_deleted(store: SqliteMetadataStore, tmpfs: Path) -> None:
-    """Each of 300 records can be failed, and then deleted, while nothing is free but what the ballast gave."""
+    """Each of 300 records can be failed, queued again as a start does it, and deleted, while nothing is free but what
+    the ballast gave."""
     images = [store.create(image()) for _ in range(300)]
     fill(tmpfs)
     for each in images:
         failed = store.update(each.failed("no space left on the disk, " + "and so on " * 20))
         assert store.get(each.id) == failed
+        store.update(failed.requeued())
     for each in images:
         store.delete(each.id)
         with pytest.raises(NotFound):

@@ -138,8 +138,9 @@ class TestTrouble:
         with contextlib.closing(sqlite3.connect(filename, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             for call in (lambda: store.delete(created.id), store.ping):
-                with pytest.raises(Unavailable):
+                with pytest.raises(Unavailable) as unavailable:
                     call()
+                assert str(filename) not in str(unavailable.value)
             assert store.get(created.id) == created
         store.delete(created.id)
 
