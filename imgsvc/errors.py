@@ -33,6 +33,10 @@ class NotFound(ImgsvcError):
     """There is no such image, or none that may be read."""
 
 
+class NotComplete(NotFound):
+    """There is such an image, and it may not be read: its bytes are not all there."""
+
+
 class Conflict(ImgsvcError):
     """The record has changed since it was read; nothing was written."""
 

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import structlog
 
-from imgsvc.errors import Conflict, Elsewhere, ImgsvcError, Invalid, NotFound, SourceTaken, Unavailable
+from imgsvc.errors import Conflict, Elsewhere, ImgsvcError, Invalid, NotComplete, NotFound, SourceTaken, Unavailable
 from imgsvc.fetcher import Fetcher
 from imgsvc.images.store import ImageReader, ImageStore
 from imgsvc.metadata.image import Image, ImageType, Status, is_id, new_id
@@ -92,12 +92,12 @@ class ImageService:
     def open(self, image_id: str) -> tuple[Image, ImageReader]:
         """A complete image and its bytes, which the caller closes.
 
-        Raises NotFound when there is none or it is not complete, Elsewhere when only other members hold its bytes,
+        Raises NotFound when there is none, NotComplete when it may not be read, Elsewhere when only other members hold its bytes,
         Unavailable when nobody is known to.
         """
         image = self.get(image_id)
         if image.status is not Status.COMPLETE:
-            raise NotFound("incomplete image")
+            raise NotComplete(f"image {image.id} is not complete")
         try:
             reader = self._images.open(image.id)
         except NotFound as missing:
@@ -135,7 +135,7 @@ class ImageService:
 
 def _require_id(text: str) -> None:
     if not is_id(text):
-        raise NotFound("image not found")
+        raise NotFound(f"there is no image {text!r}")
 
 
 def check_source(source: str) -> None:

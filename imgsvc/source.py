@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import re
 import socket
+import string
 import time
 from collections.abc import Callable
 from ipaddress import IPv6Address, ip_address
 from typing import Protocol, cast
+from urllib.parse import quote, urljoin
 
 import certifi
 import pycurl
 
 from imgsvc import __version__
-from imgsvc.errors import FetchFailed, ImgsvcError, Incomplete
+from imgsvc.errors import FetchFailed, IdleTimeout, ImgsvcError, Incomplete
 from imgsvc.metadata.image import UNKNOWN_SIZE
 from imgsvc.settings import FetchSettings
 
-HTTP_OK = 200
-# How long a source that has sent all it announced may take to close, or to show that it sends more.
+_OK = 200
+_REDIRECTS = (301, 302, 303, 307, 308)
+# Seconds that a source which has sent all it announced has to close, or to show that it sends more.
 _GRACE = 1.0
-_LENGTH = re.compile(r"[0-9]{1,18}")
 # A write callback that returns anything but the length it was given ends the transfer, as a progress callback does
 # that returns anything but 0.
 _ABORT = -1
+_LENGTH = re.compile(r"[0-9]{1,18}")
 
 
 class Sink(Protocol):
-    """Where the bytes of a source go. Whatever it raises ends the reading, and comes out of `read`."""
+    """Where the bytes of a source go. Whatever it raises ends the reading, and comes out of `Source.read`."""
 
     def begin(self, expected_size: int) -> None:
-        """The source has answered with a body of `expected_size` bytes, or UNKNOWN_SIZE."""
+        """The source answers with a body of `expected_size` bytes, or UNKNOWN_SIZE."""
 
     def piece(self, data: bytes) -> None: ...
 
@@ -42,52 +45,42 @@ class Source:
     """One reading of one URL; `read` may be called once."""
 
     def __init__(self, url: str, settings: FetchSettings, sink: Sink) -> None:
-        self._curl = pycurl.Curl()
         self._url = url
         self._settings = settings
         self._sink = sink
-        self._error: Exception | None = None
-        self._status = 0
-        self._denied: str | None = None
-        self._chunked = False
-        self._announced = UNKNOWN_SIZE
+        self._answer = _Answer()
         self._begun = False
         self._received = 0
-        self._whole_since: float | None = None
+        self._heard = time.monotonic()
+        self._error: Exception | None = None
+        self._denied: str | None = None
 
     def read(self) -> None:
         """Returns when the whole body has gone to the sink.
 
-        Raises FetchFailed when the source cannot be reached, is not allowed or answers with anything but 200,
-        Incomplete when its body is shorter or longer than announced, or what the sink raised.
+        Raises FetchFailed when the source cannot be reached, is not allowed or answers with anything but 200 in the
+        end, Incomplete when its body is shorter or longer than announced, IdleTimeout when it sends nothing for
+        `stall_timeout`, or what the sink raised.
         """
-        curl = self._curl
+        curl = pycurl.Curl()
         try:
             self._set_up(curl)
-            try:
-                curl.perform()
-            except pycurl.error as error:
-                self._explain(error)
-            self._check_whole()
+            for _ in range(self._settings.max_redirects + 1):
+                if self._read_to_the_end(curl):
+                    return
+            raise FetchFailed(f"the source redirected more than {self._settings.max_redirects} times")
         finally:
             curl.close()
 
     def _set_up(self, curl: pycurl.Curl) -> None:
-        settings = self._settings
         set_option = curl.setopt
-        set_option(pycurl.URL, self._url.encode())
         set_option(pycurl.NOSIGNAL, 1)  # curl's signals are not for programs with threads
         set_option(pycurl.PROTOCOLS, pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS)
-        set_option(pycurl.REDIR_PROTOCOLS, pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS)
-        set_option(pycurl.FOLLOWLOCATION, 1)
-        set_option(pycurl.MAXREDIRS, settings.max_redirects)
         set_option(pycurl.PROXY, "")  # a proxy would connect where `_open_socket` cannot look
         set_option(pycurl.OPENSOCKETFUNCTION, self._open_socket)
         set_option(pycurl.CAINFO, certifi.where())
         set_option(pycurl.USERAGENT, f"imgsvc/{__version__}")
-        set_option(pycurl.CONNECTTIMEOUT_MS, round(settings.connect_timeout * 1000))
-        set_option(pycurl.LOW_SPEED_LIMIT, 1)
-        set_option(pycurl.LOW_SPEED_TIME, max(1, round(settings.stall_timeout)))
+        set_option(pycurl.CONNECTTIMEOUT_MS, round(self._settings.connect_timeout * 1000))
         # curl stops reading at the announced length, and so would not see that a source sends more. We count
         # ourselves, and ask the source to close, for that is now the end of a body that is not chunked.
         set_option(pycurl.IGNORE_CONTENT_LENGTH, 1)
@@ -97,6 +90,21 @@ class Source:
         set_option(pycurl.WRITEFUNCTION, self._guard(self._write, None))
         set_option(pycurl.NOPROGRESS, 0)
         set_option(pycurl.XFERINFOFUNCTION, self._guard(self._progress, 0))
+
+    def _read_to_the_end(self, curl: pycurl.Curl) -> bool:
+        """False when the URL is now another one."""
+        curl.setopt(pycurl.URL, self._url.encode())
+        try:
+            curl.perform()
+        except pycurl.error as error:
+            if isinstance(self._error, _Redirected):
+                self._url = urljoin(self._url, self._error.location)
+                self._error = self._denied = None
+                return False
+            self._explain(error)
+        if self._answer.length != UNKNOWN_SIZE and self._received < self._answer.length:
+            raise Incomplete(f"the source announced {self._answer.length} bytes and sent only {self._received}")
+        return True
 
     def _guard(self, callback: Callable[..., None], success: int | None) -> Callable[..., int | None]:
         """Remembers the first error, which curl would turn into a bare number, and pycurl print."""
@@ -114,7 +122,7 @@ class Source:
         return guarded
 
     def _open_socket(self, _purpose: int, address: tuple[int, int, int, tuple[str, int]]) -> socket.socket | int:
-        """Looks at each address that curl is about to connect to, redirects and every spelling of it included."""
+        """Looks at each address that curl is about to connect to, whatever name or spelling led to it."""
         family, kind, protocol, name = address
         ip = ip_address(name[0].partition("%")[0])
         if isinstance(ip, IPv6Address) and ip.ipv4_mapped is not None:
@@ -122,66 +130,98 @@ class Source:
         if any(ip in network for network in self._settings.deny_networks):
             self._denied = str(ip)
             return pycurl.SOCKET_BAD
+        self._heard = time.monotonic()
         return socket.socket(family, kind, protocol)
 
     def _header(self, line: bytes) -> None:
-        name, _, value = line.decode("latin-1").partition(":")
-        name, value = name.strip().lower(), value.strip()
-        if name.startswith("http/"):
-            self._status = int(name.split()[1])  # which is a number, or curl would have refused it
-            self._chunked = False
-            self._announced = UNKNOWN_SIZE
+        self._heard = time.monotonic()
+        text = line.decode("latin-1").strip()
+        if text.startswith("HTTP/"):
+            # A number, or curl would have refused it.
+            self._answer = _Answer(int(text.split()[1]))
         elif self._begun:
-            return  # a trailer says nothing about the length
-        elif name == "transfer-encoding":
-            self._chunked = True
-        elif name == "content-length":
-            if not _LENGTH.fullmatch(value) or self._announced not in (UNKNOWN_SIZE, int(value)):
-                raise FetchFailed("the source sent a Content-Length that makes no sense")
-            self._announced = int(value)
+            pass  # a trailer: the body's length was said before
+        elif text:
+            self._answer.take(text)
+        elif self._answer.status >= _OK:
+            self._begin()
 
     def _begin(self) -> None:
-        if self._begun:
-            return
-        if self._status != HTTP_OK:
-            raise FetchFailed(f"the source answered {self._status}")
-        if self._chunked:
-            self._announced = UNKNOWN_SIZE  # RFC 9112, section 6.3: chunked overrides a length
+        """The headers of an answer are there; those of 100 (Continue) and its like are no answer."""
+        answer = self._answer
+        if answer.status in _REDIRECTS and answer.location:
+            raise _Redirected(answer.location)
+        if answer.status != _OK:
+            raise FetchFailed(f"the source answered {answer.status}")
         self._begun = True
-        self._sink.begin(self._announced)
+        self._sink.begin(answer.length)
 
     def _write(self, data: bytes) -> None:
-        self._begin()
         self._received += len(data)
-        if self._announced != UNKNOWN_SIZE and self._received > self._announced:
-            raise Incomplete(f"the source announced {self._announced} bytes and sent more")
+        if self._answer.length != UNKNOWN_SIZE and self._received > self._answer.length:
+            raise Incomplete(f"the source announced {self._answer.length} bytes and sent more")
         self._sink.piece(data)
+        self._heard = time.monotonic()  # not before: a slow disk is not the source's fault
 
     def _progress(self, *_totals: object) -> None:
         self._sink.tick()
-        if self._begun and self._received == self._announced:
-            now = time.monotonic()
-            self._whole_since = self._whole_since or now
-            if now - self._whole_since > _GRACE:
+        silent = time.monotonic() - self._heard
+        if self._is_whole():
+            if silent > _GRACE:
                 raise _Whole
+        elif silent > self._settings.stall_timeout:
+            # curl's own watch averages over five seconds, and so is late.
+            raise IdleTimeout(f"the source sent nothing for {self._settings.stall_timeout:g} seconds")
+
+    def _is_whole(self) -> bool:
+        return self._begun and self._received == self._answer.length
 
     def _explain(self, error: pycurl.error) -> None:
-        if isinstance(self._error, _Whole):
-            return
-        if self._error is not None:
+        """Raises what curl's error means, unless nothing is missing."""
+        if self._error is not None and not isinstance(self._error, _Whole):
             raise self._error from error
-        if self._begun and self._received == self._announced:
+        if self._is_whole():
             return  # how the connection ends after the last byte is nobody's concern
         code, message = cast("tuple[int, str]", error.args)
         if code == pycurl.E_COULDNT_CONNECT and self._denied is not None:
             raise FetchFailed(f"the source's address {self._denied} is in fetch.denyNetworks") from error
         raise FetchFailed(f"the source could not be fetched: {message} (curl {code})") from error
 
-    def _check_whole(self) -> None:
-        self._begin()  # an empty body does not call `_write`
-        if self._announced != UNKNOWN_SIZE and self._received < self._announced:
-            raise Incomplete(f"the source announced {self._announced} bytes and sent only {self._received}")
+
+class _Answer:
+    """What the headers of one answer say. `length` is that of the body, or UNKNOWN_SIZE."""
+
+    def __init__(self, status: int = 0) -> None:
+        self.status = status
+        self.length = UNKNOWN_SIZE
+        self.location = ""
+        self._chunked = False
+
+    def take(self, header: str) -> None:
+        """Raises FetchFailed when the length makes no sense."""
+        name, _, value = header.partition(":")
+        value = value.strip()
+        match name.strip().lower():
+            case "location":
+                # Sources that send bytes beyond ASCII here mean them as they are.
+                self.location = quote(value, safe=string.punctuation, encoding="latin-1")
+            case "transfer-encoding":
+                # It overrides a length (RFC 9112, section 6.3).
+                self._chunked = True
+                self.length = UNKNOWN_SIZE
+            case "content-length" if not self._chunked:
+                if not _LENGTH.fullmatch(value) or self.length not in (UNKNOWN_SIZE, int(value)):
+                    raise FetchFailed("the source sent a Content-Length that makes no sense")
+                self.length = int(value)
+
+
+class _Redirected(ImgsvcError):
+    """Ends the reading of an answer that says where the source is; curl would read its body first."""
+
+    def __init__(self, location: str) -> None:
+        super().__init__(location)
+        self.location = location
 
 
 class _Whole(ImgsvcError):
-    """Ends the reading of a body that is there; not an error."""
+    """Ends the reading of a body that is all there."""

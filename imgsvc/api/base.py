@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import re
 import sys
@@ -23,7 +24,7 @@ from imgsvc.api.errors import error_document, status_of
 from imgsvc.api.in_flight import InFlight
 from imgsvc.api.progress import acknowledged
 from imgsvc.context import Context
-from imgsvc.errors import IdleTimeout, ImgsvcError, Invalid, TooLarge, Unavailable
+from imgsvc.errors import IdleTimeout, ImgsvcError, Incomplete, Invalid, Stopping, TooLarge, Unavailable
 from imgsvc.metadata.image import UNKNOWN_SIZE
 
 # Bytes of a body that is a document, or that nobody asked for.
@@ -31,11 +32,15 @@ MAX_DOCUMENT = 64 * 1024
 # Seconds that a client which still sends has to read its answer: closing at once would reset the connection, and the
 # answer would be lost with it.
 LINGER = 5.0
+# Seconds without a byte after which such a client has stopped.
+LULL = 1.0
 # What the log says of a request whose client left before the answer.
 CLIENT_LEFT = 499
 
-_LENGTH = re.compile(r"[0-9]{1,18}")
+_LENGTH = re.compile(r"[0-9]{1,100}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+
+_WITH_BODY = ("PUT", "POST", "DELETE", "PATCH")
 
 Method = Callable[..., Awaitable[None] | None]
 
@@ -47,7 +52,7 @@ class BaseHandler(RequestHandler):
     """Bodies are streamed to every handler, so that a refusal need not wait for a body that nobody wants.
 
     A subclass names the methods that it has in `allowed`, and overrides `accept_body` and `body_received` where a
-    body is more than a document. A method that may have a body begins with `if self.refused: return`.
+    body is more than a document. A method that may have a body begins with `if self.answered(): return`.
     """
 
     allowed: tuple[str, ...] = ()
@@ -62,18 +67,16 @@ class BaseHandler(RequestHandler):
         self._bytes_in = 0
         self._bytes_out = 0
         self._began = time.monotonic()
-        self._linger: asyncio.TimerHandle | None = None
+        self._heard: float | None = None
+        self._refusal: Exception | None = None
+        self._answered = False
+        self._timer: asyncio.TimerHandle | None = None
 
     @functools.cached_property
     def request_id(self) -> str:
         """The client's own where it makes a sane one, so that logs of several services can be joined."""
         given = self.request.headers.get("X-Request-Id", "")
         return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-
-    @property
-    def refused(self) -> bool:
-        """Whether the request was answered ahead of its body."""
-        return self._linger is not None
 
     def set_default_headers(self) -> None:
         self.set_header("Server", f"imgsvc/{__version__}")
@@ -88,30 +91,24 @@ class BaseHandler(RequestHandler):
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request=self.request_id)
         self.in_flight.add(self)
+        self._check_ready()
+        if not self._has_body():
+            return
         # What is too much is for `accept_body` and `body_received` to say, for Tornado's own limit says it by a reset.
-        cast("HTTP1Connection", self.request.connection).set_max_body_size(sys.maxsize)
+        self._connection.set_max_body_size(sys.maxsize)
         try:
-            self._check_ready()
-            if self._has_body():
-                self._check_method()
-                await self.accept_body()
+            self._check_method()
+            await self.accept_body()
         except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer and not a reset
             await self.refuse(error)
+        else:
+            self._heard = time.monotonic()
+            self._watch_silence()
 
     async def accept_body(self) -> None:
         """Raises what a request is to be refused with before any of its body is read."""
         if self.announced_length() > MAX_DOCUMENT:
             raise TooLarge(f"the body may have at most {MAX_DOCUMENT} bytes")
-
-    def announced_length(self) -> int:
-        """Bytes of the body that is to come, or UNKNOWN_SIZE. Raises Invalid."""
-        headers = self.request.headers
-        if "Transfer-Encoding" in headers:
-            return UNKNOWN_SIZE
-        length = headers.get("Content-Length", "0")
-        if not _LENGTH.fullmatch(length):
-            raise Invalid("invalid Content-Length header")
-        return int(length)
 
     async def body_received(self, chunk: bytes) -> None:
         """Takes the next piece of a body that was accepted. What it raises is answered at once."""
@@ -119,52 +116,83 @@ class BaseHandler(RequestHandler):
         if len(self.body) > MAX_DOCUMENT:
             raise TooLarge(f"the body may have at most {MAX_DOCUMENT} bytes")
 
+    async def abandon_body(self, reason: ImgsvcError) -> None:
+        """The body that was accepted will not come to its end; never raises, and may be called twice."""
+
+    def announced_length(self) -> int:
+        """Bytes of the body that is to come, or UNKNOWN_SIZE. Raises Invalid when the headers do not say it in one
+        clear way (RFC 9112, section 6.3)."""
+        lengths = self.request.headers.get_list("Content-Length")
+        codings = self.request.headers.get_list("Transfer-Encoding")
+        if codings:
+            if lengths or [coding.lower() for coding in codings] != ["chunked"]:
+                raise Invalid("invalid Transfer-Encoding header")
+            return UNKNOWN_SIZE
+        if not lengths:
+            return 0
+        if len(lengths) > 1 or not _LENGTH.fullmatch(lengths[0]):
+            raise Invalid("invalid Content-Length header")
+        return int(lengths[0])
+
     async def data_received(self, chunk: bytes) -> None:
         self._bytes_in += len(chunk)
-        if self.refused:
+        if self._answered or self._refusal is not None:
             return
+        self._heard = None
         try:
             await self.body_received(chunk)
         except Exception as error:  # noqa: BLE001 - Tornado would reset the connection
-            await self.refuse(error)
+            await self.give_up(error)
+        self._heard = time.monotonic()
+
+    async def give_up(self, error: Exception) -> None:
+        """Ends a request whose body is still coming."""
+        await self.abandon_body(error if isinstance(error, ImgsvcError) else Unavailable("internal error"))
+        await self.refuse(error)
 
     async def refuse(self, error: Exception) -> None:
-        """Answers with an error although a body may still be coming; the connection closes.
+        """Answers with an error ahead of the body's end.
 
-        A client that waits for 100 (Continue) gets the answer instead (RFC 9110, section 10.1.1). One that sends is
-        read from, and its bytes dropped, until it has had LINGER seconds to see the answer.
+        A small body is read out first, so that the connection can go on. A client that waits for 100 (Continue) gets
+        the answer instead (RFC 9110, section 10.1.1). From one that sends more is read, and dropped, for LINGER
+        seconds; then the connection closes.
         """
-        if self._finished or self.refused:
+        if self._answered or self._finished:
             return
         self.log_exception(type(error), error, error.__traceback__)
-        self._write_error_document(error)
-        self.set_header("Connection", "close")
-        if not self._has_body() or (self._bytes_in == 0 and "Expect" in self.request.headers):
-            self.finish()
-            return
-        self._linger = asyncio.get_running_loop().call_later(LINGER, self._stop_lingering)
-        try:
-            await self.flush()
-        except StreamClosedError:
-            self._stop_lingering()
+        waits = "Expect" in self.request.headers and self._bytes_in == 0
+        size = self._body_size()
+        if waits or size is None or isinstance(error, IdleTimeout):
+            await self._answer_and_close(error)
+        elif 0 <= size <= MAX_DOCUMENT and self.request.method in _WITH_BODY:
+            self._refusal = error
+        else:
+            await self._answer_and_linger(error)
+
+    def answered(self) -> bool:
+        """Whether the request was refused ahead of its body: each method that may have one asks first. Raises what
+        it is refused with when that could wait for the body."""
+        self._stop_timer()
+        if self._refusal is not None:
+            raise self._refusal
+        return self._answered
 
     async def drain(self) -> None:
         """Waits until what was written is on its way. Raises IdleTimeout when the client takes nothing for
         `idleTimeout`, StreamClosedError when it has left."""
         flushed = asyncio.ensure_future(self.flush())
         idle_timeout = self.context.settings.idle_timeout
-        connection = cast("HTTP1Connection", self.request.connection)
         while True:
-            taken = acknowledged(connection.stream)
+            taken = acknowledged(self._connection.stream)
             done, _ = await asyncio.wait({flushed}, timeout=idle_timeout)
             if done:
                 return flushed.result()
-            if acknowledged(connection.stream) == taken:
+            if acknowledged(self._connection.stream) == taken:
                 flushed.cancel()
                 raise IdleTimeout(f"the client took nothing for {idle_timeout:g} seconds")
 
     def _no_such_method(self, *_: str) -> None:
-        if not self.refused:
+        if not self.answered():
             raise HTTPError(self.otherwise)
 
     get: Method = _no_such_method
@@ -176,12 +204,13 @@ class BaseHandler(RequestHandler):
     options: Method = _no_such_method
 
     async def stop(self) -> None:
-        """Ends the request before its time."""
+        """Ends the request before its time, leaving nothing half behind."""
+        await self.abandon_body(Stopping("the service is stopping"))
         self.cut()
 
     def cut(self) -> None:
         """Ends the connection so that nobody takes what was sent for a whole answer."""
-        cast("HTTP1Connection", self.request.connection).close()
+        self._connection.close()
 
     def send_error(self, status_code: int = 500, **kwargs: Any) -> None:
         if self._headers_written:
@@ -211,12 +240,12 @@ class BaseHandler(RequestHandler):
 
     def on_connection_close(self) -> None:
         super().on_connection_close()
+        self.context.in_background(self.abandon_body(Incomplete("the sender went away before the end")))
         self._leave(CLIENT_LEFT)
 
     def _leave(self, status: int) -> None:
         """The request is over: one line in the log."""
-        if self._linger is not None:
-            self._linger.cancel()
+        self._stop_timer()
         if self not in self.in_flight:
             return
         self.in_flight.discard(self)
@@ -232,13 +261,42 @@ class BaseHandler(RequestHandler):
             remote=self.request.remote_ip,
         )
 
-    def _write_error_document(self, error: BaseException) -> None:
+    @property
+    def _connection(self) -> HTTP1Connection:
+        return cast("HTTP1Connection", self.request.connection)
+
+    def _write_error_document(self, error: BaseException, **headers: str) -> None:
         status = status_of(error)
+        document = error_document(error, expose_stack=self.context.settings.expose_stack).encode()
         self.clear()
         self.set_status(status)
         if status is HTTPStatus.METHOD_NOT_ALLOWED:
-            self.set_header("Allow", ", ".join(self.allowed))
-        self.write(error_document(error, expose_stack=self.context.settings.expose_stack))
+            headers["Allow"] = ", ".join(self.allowed)
+        for name, value in headers.items():
+            self.set_header(name, value)
+        self.set_header("Content-Length", str(len(document)))
+        self.write(document)
+
+    def _body_size(self) -> int | None:
+        """As announced, or None when nobody can tell where the body ends."""
+        try:
+            return self.announced_length()
+        except Invalid:
+            return None
+
+    async def _answer_and_linger(self, error: Exception) -> None:
+        self._answered = True
+        self._write_error_document(error, Connection="close")
+        self._start_timer(LULL, self._linger, time.monotonic() + LINGER, self._bytes_in)
+        with contextlib.suppress(StreamClosedError):
+            await self.flush()
+
+    async def _answer_and_close(self, error: Exception) -> None:
+        self._answered = True
+        self._write_error_document(error, Connection="close")
+        with contextlib.suppress(StreamClosedError):
+            await self.finish()
+        self.cut()
 
     def _check_ready(self) -> None:
         if self.needs_stores and self.context.not_ready is not None:
@@ -252,9 +310,30 @@ class BaseHandler(RequestHandler):
         headers = self.request.headers
         return headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in headers
 
-    def _stop_lingering(self) -> None:
-        if not self._finished:
+    def _watch_silence(self) -> None:
+        """Looks again when the sender could have been silent for too long. While we are busy, it is not its fault."""
+        idle_timeout = self.context.settings.idle_timeout
+        silent = 0 if self._heard is None else time.monotonic() - self._heard
+        if silent >= idle_timeout:
+            error = IdleTimeout(f"nothing came for {idle_timeout:g} seconds, after {self._bytes_in} bytes")
+            self.context.in_background(self.give_up(error))
+        else:
+            self._start_timer(idle_timeout - silent, self._watch_silence)
+
+    def _linger(self, latest: float, bytes_in: int) -> None:
+        """Closes as soon as the client has stopped sending, or at the latest."""
+        if self._bytes_in > bytes_in and time.monotonic() < latest:
+            self._start_timer(LULL, self._linger, latest, self._bytes_in)
+        elif not self._finished:
             self.finish()
+
+    def _start_timer(self, seconds: float, then: Callable[..., None], *arguments: object) -> None:
+        self._stop_timer()
+        self._timer = asyncio.get_running_loop().call_later(seconds, then, *arguments)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 class UnknownPathHandler(BaseHandler):

@@ -24,6 +24,13 @@ _STATUS: tuple[tuple[type[errors.ImgsvcError], HTTPStatus], ...] = (
 )
 
 
+# What clients know by heart; other errors speak for themselves.
+_MESSAGE: dict[type[errors.ImgsvcError], str] = {
+    errors.NotFound: "image not found",
+    errors.NotComplete: "incomplete image",
+}
+
+
 def status_of(error: BaseException) -> HTTPStatus:
     """What an error is answered with; a programming mistake is an internal error."""
     if isinstance(error, HTTPError):
@@ -37,7 +44,7 @@ def status_of(error: BaseException) -> HTTPStatus:
 def message_of(error: BaseException) -> str:
     """What a client may read: our own sentences, and nothing of an unexpected exception."""
     if isinstance(error, errors.ImgsvcError):
-        return str(error)
+        return _MESSAGE.get(type(error), str(error))
     if isinstance(error, HTTPError):
         return error.log_message or error.reason or HTTPStatus(error.status_code).phrase.lower()
     return "internal error"

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from http import HTTPStatus
-from typing import Any, cast
+from typing import Any
 
 import structlog
-from tornado.http1connection import HTTP1Connection
 
 from imgsvc.api.base import BaseHandler
 from imgsvc.api.upload import Upload
 from imgsvc.blocks import BLOCK
-from imgsvc.errors import IdleTimeout, ImgsvcError, Incomplete, Invalid, Stopping
+from imgsvc.errors import IdleTimeout, ImgsvcError, Incomplete, Invalid
 from imgsvc.images.store import ImageReader
 from imgsvc.metadata.image import Image, ImageType
 
@@ -60,16 +59,16 @@ class ImagesHandler(ImageAnswer):
     async def body_received(self, chunk: bytes) -> None:
         if self.upload is None:
             await super().body_received(chunk)
-            return
-        try:
+        else:
             await self.upload.receive(chunk)
-        except ImgsvcError as error:
-            await self.upload.abort(error)
-            raise
+
+    async def abandon_body(self, reason: ImgsvcError) -> None:
+        if self.upload is not None:
+            await self.upload.abort(reason)
 
     async def put(self) -> None:
         """Receives an upload, whose body has come by now."""
-        if self.refused:
+        if self.answered():
             return
         upload = self.upload or await self._begin_upload()
         try:
@@ -80,23 +79,12 @@ class ImagesHandler(ImageAnswer):
 
     async def post(self) -> None:
         """Has a source fetched."""
-        if self.refused:
+        if self.answered():
             return
         source, image_type, comment = _fetch_request(bytes(self.body))
         service = self.context.service
         image = await self.context.records_pool.run(service.fetch, source, image_type, comment)
         self.write_image(image, HTTPStatus.ACCEPTED)
-
-    async def stop(self) -> None:
-        if self.upload is None:
-            self.cut()
-        else:
-            await self._give_up(Stopping("the service is stopping"))
-
-    def on_connection_close(self) -> None:
-        super().on_connection_close()
-        if self.upload is not None:
-            self.context.in_background(self.upload.abort(Incomplete("the sender went away before the end")))
 
     async def _begin_upload(self) -> Upload:
         headers = self.request.headers
@@ -105,16 +93,11 @@ class ImagesHandler(ImageAnswer):
         comment = headers.get("X-Image-Comment", "").encode("latin-1", "replace").decode("utf-8", "replace")
         service = self.context.service
         transfer = await self.context.records_pool.run(service.upload, image_type, comment, self.announced_length())
-        upload = Upload(transfer, self.context.bytes_pool, self.context.settings.idle_timeout, self._give_up)
-        if cast("HTTP1Connection", self.request.connection).stream.closed():
+        upload = Upload(transfer, self.context.bytes_pool, self.give_up)
+        if self._connection.stream.closed():
             await upload.abort(Incomplete("the sender went away before the first byte"))
         self.upload = upload
         return upload
-
-    async def _give_up(self, error: ImgsvcError) -> None:
-        if self.upload is not None:
-            await self.upload.abort(error)
-        await self.refuse(error)
 
     def _wanted_type(self) -> ImageType | None:
         wanted = self.get_query_arguments("type", strip=False)
@@ -134,7 +117,7 @@ class ImageHandler(ImageAnswer):
     head = get
 
     async def delete(self, image_id: str) -> None:
-        if not self.refused:
+        if not self.answered():
             self.write_image(await self.context.records_pool.run(self.context.service.delete, image_id))
 
 
