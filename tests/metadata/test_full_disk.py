@@ -74,18 +74,23 @@ def use_up_the_log(store: SqliteMetadataStore, tmpfs: Path) -> None:
 
 
 def test_everything_can_be_finished_and_deleted(store: SqliteMetadataStore, tmpfs: Path) -> None:
-    """Each of 300 records can be failed, queued again as a start does it, and deleted, while nothing is free but what
-    the ballast gave."""
+    """Each of 300 records can be failed, and then deleted, while nothing is free but what the ballast gave."""
     images = [store.create(image()) for _ in range(300)]
     fill(tmpfs)
     for each in images:
         failed = store.update(each.failed("no space left on the disk, " + "and so on " * 20))
         assert store.get(each.id) == failed
-        store.update(failed.requeued())
     for each in images:
         store.delete(each.id)
         with pytest.raises(NotFound):
             store.get(each.id)
+
+
+def test_an_interrupted_fetch_can_wait_again(store: SqliteMetadataStore, tmpfs: Path) -> None:
+    """A start puts what was being fetched back into the queue, and must get through that on a full disk."""
+    current = store.update(store.create(image()).started(5))
+    use_up_the_log(store, tmpfs)
+    store.update(current.requeued())
 
 
 def test_room_is_taken_again(store: SqliteMetadataStore, tmpfs: Path, ballast: Path) -> None:
