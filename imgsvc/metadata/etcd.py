@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 
 import structlog
 
-from imgsvc.errors import Conflict, Invalid, NotFound, SourceTaken, Unavailable
+from imgsvc.errors import Conflict, Invalid, NoSpace, NotFound, SourceTaken, Unavailable
 from imgsvc.etcd import Compacted, Etcd, LeaseLost
 from imgsvc.etcd_layout import OWNER, RECORD, REPLICAS, Layout, end_of
 from imgsvc.etcd_messages import (
@@ -145,17 +145,14 @@ class EtcdMetadataStore:
 
     def delete(self, image_id: str) -> Image:
         image, item = self._find(image_id)
-        start, claim = self._layout.image(image_id), self._layout.source(image.source)
-        outcome = self._etcd.transact(
-            [created_at(item.key, item.created)],
-            [delete(start, end_of(start)), when(has_value(claim, image_id), delete(claim))],
-        )
         self._owned.pop(image_id, None)
-        if outcome.succeeded:
-            last = next(deleted for deleted in outcome.found[0] if deleted.key == item.key)
-            return self._parsed(last) or image
-        if outcome.repeated:
-            return image
+        try:
+            deleted = self._delete(image, item)
+        except NoSpace:
+            deleted = self._delete_from_full(image)
+        for each in deleted:
+            if each.key == item.key:
+                return self._parsed(each) or image
         raise NotFound(f"there is no image {image_id}")
 
     def hold(self, image_id: str) -> None:
@@ -166,7 +163,7 @@ class EtcdMetadataStore:
             raise NotFound(f"there is no image {image_id}")
 
     def release(self, image_id: str) -> None:
-        self._etcd.transact([], [delete(self._layout.replica(image_id, self._member.id))])
+        self._etcd.delete(self._layout.replica(image_id, self._member.id))
 
     def holders(self, image_id: str) -> Sequence[str]:
         self.get(image_id)
@@ -210,6 +207,24 @@ class EtcdMetadataStore:
                 comparisons, [*success, *surroundings], [read(record), read(claim)]
             ),
         )
+
+    def _delete(self, image: Image, item: KeyValue) -> Sequence[KeyValue]:
+        start, claim = self._layout.image(image.id), self._layout.source(image.source)
+        outcome = self._etcd.transact(
+            [created_at(item.key, item.created)],
+            [delete(start, end_of(start)), when(has_value(claim, image.id), delete(claim))],
+        )
+        if outcome.succeeded:
+            return outcome.found[0]
+        return [item] if outcome.repeated else ()
+
+    def _delete_from_full(self, image: Image) -> Sequence[KeyValue]:
+        """In two steps, for want of a better way; a claim that is left between them is replaced by a later create."""
+        start, claim = self._layout.image(image.id), self._layout.source(image.source)
+        deleted = self._etcd.delete(start, end_of(start))
+        if any(item.value.decode() == image.id for item in self._etcd.range(claim).items):
+            self._etcd.delete(claim)
+        return deleted
 
     def _with_surroundings(self, image: Image, write: Callable[[Sequence[Operation]], Outcome]) -> Outcome:
         """`write`, with the operations that give the image its owner or holder."""

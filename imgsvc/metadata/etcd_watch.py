@@ -15,7 +15,7 @@ from imgsvc.etcd_layout import RECORD, Layout, end_of
 _WATCH_SECONDS = 2.0
 _READ_SECONDS = 2.0
 # Between attempts while etcd is away.
-_RETRY_SECONDS = 1.0
+_RETRY_SECONDS = 0.5
 
 _log = structlog.get_logger()
 
@@ -32,10 +32,11 @@ class DeletionWatch:
         self._stop = threading.Event()
         # The first revision whose deletions were not told yet; None when it is not known.
         self._next: int | None = None
+        self._reachable = True
         try:
             self._next = self._revision() + 1
         except ImgsvcError as error:
-            _log.warning("deletions not followed yet", reason=str(error))
+            self._lost(error)
         self._thread = threading.Thread(target=self._run, name="etcd-deletions", daemon=True)
         self._thread.start()
 
@@ -47,11 +48,12 @@ class DeletionWatch:
         while not self._stop.is_set():
             try:
                 self._follow()
+                self._reachable = True
             except Compacted as error:
                 _log.info("deletions may have been missed", reason=str(error))
                 self._next = None
             except ImgsvcError as error:
-                _log.info("deletions not followed now", reason=str(error))
+                self._lost(error)
                 self._stop.wait(_RETRY_SECONDS)
 
     def _follow(self) -> None:
@@ -69,6 +71,11 @@ class DeletionWatch:
 
     def _revision(self) -> int:
         return self._etcd.range(self._layout.images, timeout=_READ_SECONDS).revision
+
+    def _lost(self, error: ImgsvcError) -> None:
+        if self._reachable:
+            _log.warning("deletions cannot be followed now", reason=str(error))
+        self._reachable = False
 
     def _tell(self, callback: Callable[..., None], *arguments: str) -> None:
         try:

@@ -12,10 +12,11 @@ from imgsvc.metadata.store import Member
 
 
 class OwnedEtcdStore(EtcdMetadataStore):
-    """Its `close` also closes its `membership` and its `etcd`."""
+    """As one `member` has it; its `close` also closes its `membership` and its `etcd`."""
 
     def __init__(self, etcd: Etcd, prefix: str, member: Member, ttl: int = LEASE_SECONDS) -> None:
         self.etcd = etcd
+        self.member = member
         self.membership = Membership(etcd, prefix, member, lambda: 123, ttl)
         super().__init__(etcd, prefix, member, self.membership)
 
@@ -26,7 +27,9 @@ class OwnedEtcdStore(EtcdMetadataStore):
 
 
 def new_member(name: str = "some") -> Member:
-    return Member(id=new_id(), site=f"{name}.example:/images", url=f"http://{name}.example:20000")
+    """On a site of its own."""
+    member_id = new_id()
+    return Member(id=member_id, site=f"{name}.example:/{member_id}", url=f"http://{name}.example:20000")
 
 
 def open_store(
