@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from urllib.parse import urlsplit
 
@@ -36,6 +37,7 @@ class ImageService:
         self._transfers = transfers
         self._fetcher = fetcher
         self._settlements = settlements
+        self._fetching_again = threading.Lock()
 
     def list(self, image_type: ImageType | None) -> Iterator[Sequence[Image]]:
         """All images, or those of a type, in pages."""
@@ -116,19 +118,23 @@ class ImageService:
         """The image of a taken source; one in error is fetched again, once however many ask."""
         if image.status is not Status.ERROR:
             return image
-        self._images.claim(image.id)
-        try:
-            return self._settlements.settle(image.id, lambda: self._requeue(image))
-        except Conflict:
-            return self._records.get(image.id)
+        # One at a time: writing the same change twice succeeds twice, as a repeated write must.
+        with self._fetching_again:
+            image = self._records.get(image.id)
+            if image.status is not Status.ERROR or self._transfers.is_known(image.id):
+                return image
+            self._images.claim(image.id)
+            try:
+                return self._settlements.settle(image.id, lambda: self._requeue(image))
+            except Conflict:
+                return self._records.get(image.id)
 
     def _requeue(self, image: Image) -> Image:
         try:
             image = self._records.update(image.requeued())
-        except NotFound:
+        except (NotFound, Conflict):
             self._images.unclaim(image.id)
             raise
-        # After Conflict somebody else fetches it. The claim stays, for that may be another request to this host.
         self._fetcher.submit(image)
         return image
 

@@ -70,6 +70,7 @@ class BaseHandler(RequestHandler):
         self._heard: float | None = None
         self._refusal: Exception | None = None
         self._answered = False
+        self._left = False
         self._timer: asyncio.TimerHandle | None = None
 
     @functools.cached_property
@@ -246,8 +247,9 @@ class BaseHandler(RequestHandler):
     def _leave(self, status: int) -> None:
         """The request is over: one line in the log."""
         self._stop_timer()
-        if self not in self.in_flight:
+        if self._left:
             return
+        self._left = True
         self.in_flight.discard(self)
         log.info(
             "request",

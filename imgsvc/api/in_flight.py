@@ -20,9 +20,6 @@ class InFlight:
         self._none = asyncio.Event()
         self._none.set()
 
-    def __contains__(self, request: Request) -> bool:
-        return request in self._requests
-
     def add(self, request: Request) -> None:
         self._requests.add(request)
         self._none.clear()

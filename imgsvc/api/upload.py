@@ -53,7 +53,7 @@ class Upload:
         """Hands the gathered bytes to the disk as soon as it has taken those before; False when none were left."""
         async with self._in_order:
             if self._writing is not None:
-                await self._writing
+                await asyncio.shield(self._writing)  # which goes on when only the watch is cancelled
                 self._writing = None
             block = self._blocks.take()
             if block:
