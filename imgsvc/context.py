@@ -77,7 +77,7 @@ class Context:
         self._maintenance = Maintenance(self.images, self.records, self.fetcher, self._digests)
 
     def settle(self) -> None:
-        """Settles what the last run left, and lets work begin. Raises Unavailable when a store does not answer, and
+        """Settles what the last run left, and lets work begin. Raises Unavailable or NoSpace when a store cannot, and
         may then be called again; ConfigError when the stores do not belong together."""
         self._maintenance.start_sweep()
         self.transfers.start()

@@ -24,7 +24,7 @@ class Maintenance:
         self._digests = digests
 
     def start_sweep(self) -> None:
-        """To be run before anything comes in, and again after Unavailable: each of its steps may be repeated.
+        """To be run before anything comes in, and again after Unavailable or NoSpace: each of its steps may be repeated.
 
         Interrupted uploads become `error`, interrupted fetches are pending and submitted again, claims and bytes
         without a record go. Raises ConfigError when the records speak of images and the directory has no marker and

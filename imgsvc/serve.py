@@ -16,7 +16,7 @@ from imgsvc import __version__
 from imgsvc.api.app import make_app
 from imgsvc.api.in_flight import InFlight
 from imgsvc.context import Context
-from imgsvc.errors import ConfigError, Unavailable
+from imgsvc.errors import ConfigError, NoSpace, Unavailable
 from imgsvc.settings import Settings
 from imgsvc.systemd import notify, watchdog_interval
 
@@ -91,7 +91,7 @@ async def _settle(context: Context, stop: asyncio.Event) -> bool:
     while not stop.is_set():
         try:
             await asyncio.to_thread(context.settle)
-        except Unavailable as error:
+        except (Unavailable, NoSpace) as error:
             context.not_ready = f"the service is starting: {error}"
             log.warning("start waits", reason=str(error))
             notify("EXTEND_TIMEOUT_USEC=30000000")
