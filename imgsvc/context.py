@@ -8,13 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import threading
 from collections.abc import Coroutine
 from typing import Any, Protocol, TypeVar
 
-import structlog
-
 from imgsvc.digests import Digests
-from imgsvc.errors import ConfigError, ImgsvcError
+from imgsvc.errors import ConfigError
 from imgsvc.fetcher import Fetcher
 from imgsvc.images.filesystem import FilesystemImageStore
 from imgsvc.images.memory import MemoryImageStore
@@ -30,8 +29,6 @@ from imgsvc.service import ImageService
 from imgsvc.settings import MetadataStoreSettings, Settings
 from imgsvc.settlements import Settlements
 from imgsvc.transfers import Transfers
-
-log = structlog.get_logger()
 
 
 class _Closable(Protocol):
@@ -52,6 +49,9 @@ class Context:
         self.settings = settings
         self.not_ready: str | None = "the service is starting"
         self._background: set[asyncio.Task[None]] = set()
+        self._following = False
+        self._settled = threading.Event()
+        self._closing = False
         with contextlib.ExitStack() as opened:
             self.records_pool = _opened(opened, Pool("records", 16, patience=1.5))
             self.reads_pool = _opened(opened, Pool("reads", 8))
@@ -79,11 +79,15 @@ class Context:
     def settle(self) -> None:
         """Settles what the last run left, and lets work begin. Raises Unavailable or NoSpace when a store cannot, and
         may then be called again; ConfigError when the stores do not belong together."""
+        if not self._following:
+            # Before the sweep, so that what is deleted during it is not missed.
+            self.records.follow_deletions(self._deleted_elsewhere, self._deletions_missed)
+            self._following = True
         self._maintenance.start_sweep()
         self.transfers.start()
         self.fetcher.start()
         self._digests.start()
-        self.records.follow_deletions(self.service.drop, self._reconcile)
+        self._settled.set()
         self.not_ready = None
 
     def in_background(self, work: Coroutine[Any, Any, None]) -> None:
@@ -98,16 +102,22 @@ class Context:
 
     def close(self) -> None:
         """Stops fetches, settles what can be, and closes the stores."""
+        self._closing = True
+        self._settled.set()
         self._digests.close()
         self.fetcher.close()
         self.transfers.close()
         self._opened.close()
 
-    def _reconcile(self) -> None:
-        try:
+    def _deleted_elsewhere(self, image_id: str) -> None:
+        self._settled.wait()
+        if not self._closing:
+            self.service.drop(image_id)
+
+    def _deletions_missed(self) -> None:
+        self._settled.wait()
+        if not self._closing:
             self._maintenance.reconcile()
-        except ImgsvcError as error:
-            log.warning("not reconciled", reason=str(error))
 
 
 def _opened(stack: contextlib.ExitStack, thing: Closing) -> Closing:

@@ -10,7 +10,7 @@ import structlog
 from imgsvc.blocks import Blocks
 from imgsvc.errors import FetchFailed, ImgsvcError, NotFound, Stopping, Unavailable
 from imgsvc.images.store import ImageStore
-from imgsvc.metadata.image import Image
+from imgsvc.metadata.image import Image, Status
 from imgsvc.metadata.store import MetadataStore
 from imgsvc.settings import FetchSettings
 from imgsvc.settlements import Settlements
@@ -40,7 +40,7 @@ class Fetcher:
         self._records = records
         self._transfers = transfers
         self._settlements = settlements
-        self._queue: queue.SimpleQueue[Image | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._running: set[Transfer] = set()
         self._lock = threading.Lock()
         self._stopping = threading.Event()
@@ -53,9 +53,9 @@ class Fetcher:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, image: Image) -> None:
+    def submit(self, image_id: str) -> None:
         """Has a claimed, pending image fetched. Returns at once."""
-        self._queue.put(image)
+        self._queue.put(image_id)
 
     def close(self) -> None:
         """Stops the running fetches and returns when they have; they and those that wait are left for the next
@@ -72,16 +72,15 @@ class Fetcher:
                 thread.join()
 
     def _work(self) -> None:
-        while (image := self._queue.get()) is not None and not self._stopping.is_set():
-            with structlog.contextvars.bound_contextvars(image=image.id):
+        while (image_id := self._queue.get()) is not None and not self._stopping.is_set():
+            with structlog.contextvars.bound_contextvars(image=image_id):
                 try:
-                    self._fetch(image)
+                    if (image := self._wait_for_record(image_id)) is not None:
+                        self._fetch(image)
                 except Exception:  # a thread that dies would leave every later image pending
                     log.exception("fetch failed unexpectedly")
 
     def _fetch(self, image: Image) -> None:
-        if not self._still_pending(image):
-            return
         try:
             transfer = self._transfers.fetch(image)
         except ImgsvcError as error:
@@ -104,21 +103,20 @@ class Fetcher:
             with self._lock:
                 self._running.discard(transfer)
 
-    def _still_pending(self, image: Image) -> bool:
-        """Whether the image still has to be fetched now that its turn has come; waits for an answer."""
+    def _wait_for_record(self, image_id: str) -> Image | None:
+        """The record, now that its turn has come; None when the image need not be fetched any more."""
         while not self._stopping.is_set():
             try:
-                if self._records.get(image.id).revision == image.revision:
-                    return True
+                image = self._records.get(image_id)
             except NotFound:
-                self._images.unclaim(image.id)
-                return False
+                self._images.unclaim(image_id)
+                return None
             except Unavailable as error:
                 log.warning("fetch waits for the metadata store", reason=str(error))
                 self._stopping.wait(_RETRY_INTERVAL)
             else:
-                return False
-        return False
+                return image if image.status is Status.PENDING else None
+        return None
 
     def _read(self, url: str, transfer: Transfer) -> None:
         intake = _Intake(self._transfers, transfer)

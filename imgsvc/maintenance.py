@@ -37,7 +37,7 @@ class Maintenance:
             self._images.mark("" if stored else self._records.identity)
         unfinished = set(self._images.unfinished())
         orphans = set(stored)
-        to_fetch: list[Image] = []
+        to_fetch: list[str] = []
         for page in self._records.survey():
             for entry in page:
                 orphans.discard(entry.image.id)
@@ -49,8 +49,8 @@ class Maintenance:
         for image_id in unfinished:
             self._images.unclaim(image_id)
         self._remove_orphans(orphans)
-        for image in to_fetch:
-            self._fetcher.submit(image)
+        for image_id in to_fetch:
+            self._fetcher.submit(image_id)
 
     def reconcile(self) -> None:
         """Drops bytes whose record is gone; may run at any time, for a record is there before its bytes are."""
@@ -74,14 +74,15 @@ class Maintenance:
             return entry.image.id in traces
         return entry.owner == self._images.member
 
-    def _settle(self, image: Image) -> list[Image]:
-        """The fetch that is to be submitted again, if it is one."""
+    def _settle(self, image: Image) -> list[str]:
+        """The id of the fetch that is to be submitted again, if it is one."""
         # Bytes may stand under the final name: the process died between the rename and the record's last step.
         self._images.delete(image.id)
         try:
             if image.source:
                 self._images.claim(image.id)
-                return [self._records.update(image.requeued())]
+                self._records.update(image.requeued())
+                return [image.id]
             self._records.update(image.progressed(0).failed("the service stopped during the upload"))
         except (Conflict, NotFound) as error:
             log.info("interrupted transfer settled otherwise", image=image.id, reason=str(error))

@@ -69,7 +69,7 @@ class ImageService:
                 self._settlements.discard(image.id)
                 raise
             else:
-                self._fetcher.submit(image)
+                self._fetcher.submit(image.id)
                 return image
 
     def delete(self, image_id: str) -> Image:
@@ -135,7 +135,7 @@ class ImageService:
         except (NotFound, Conflict):
             self._images.unclaim(image.id)
             raise
-        self._fetcher.submit(image)
+        self._fetcher.submit(image.id)
         return image
 
 

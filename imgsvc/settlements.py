@@ -61,6 +61,17 @@ class Settlements:
                 self._waiting[image_id] = step
             raise
 
+    def write(self, image: Image) -> Image:
+        """Updates the record of a transfer of ours, also when its revision is not the one that we know: an earlier
+        write may have succeeded although we were told otherwise. Raises Conflict when it is no longer in transfer."""
+        try:
+            return self._records.update(image)
+        except Conflict:
+            stored = self._records.get(image.id)
+            if not stored.in_transfer:
+                raise
+            return self._records.update(image.at_revision(stored.revision))
+
     def waiting(self, image_id: str) -> bool:
         with self._lock:
             return image_id in self._waiting
@@ -83,14 +94,14 @@ class Settlements:
 
     def _complete(self, final: Image) -> Image:
         try:
-            return self._write(final)
+            return self.write(final)
         except NotFound as error:
             self._images.delete(final.id)
             raise Conflict("the image was deleted during its transfer") from error
 
     def _fail(self, final: Image) -> Image:
         try:
-            final = self._write(final)
+            final = self.write(final)
         except (NotFound, Conflict) as error:
             log.info("record left as it was", image=final.id, reason=str(error))
         self._images.unclaim(final.id)
@@ -100,13 +111,3 @@ class Settlements:
         with contextlib.suppress(NotFound):
             self._records.delete(image_id)
         self._images.unclaim(image_id)
-
-    def _write(self, final: Image) -> Image:
-        """Writes the final record, over what somebody else may have changed in it while it was in transfer."""
-        try:
-            return self._records.update(final)
-        except Conflict:
-            stored = self._records.get(final.id)
-            if not stored.in_transfer:
-                raise
-            return self._records.update(final.at_revision(stored.revision))

@@ -14,7 +14,7 @@ from enum import StrEnum
 
 import structlog
 
-from imgsvc.errors import Conflict, ImgsvcError, Incomplete, NotFound, Stopping
+from imgsvc.errors import Conflict, ImgsvcError, Incomplete, NoSpace, NotFound, Stopping, Unavailable
 from imgsvc.images.store import ImageWriter
 from imgsvc.metadata.image import UNKNOWN_SIZE, Image
 from imgsvc.metadata.store import MetadataStore
@@ -85,7 +85,7 @@ class Transfer:
         """The source has answered, and announced `expected_size` bytes or UNKNOWN_SIZE: the record says
         `downloading`. Raises NotFound when it is gone."""
         with self._record:
-            self.image = self._records.update(self.image.started(expected_size))
+            self.image = self._settlements.write(self.image.started(expected_size))
 
     def feed(self, block: bytes | bytearray) -> None:
         """Takes the next bytes. Raises TooLarge, NoSpace, Incomplete (more than announced), Unavailable, or what
@@ -118,8 +118,11 @@ class Transfer:
         try:
             with self._record:
                 self.image = self._settlements.complete(self.image, self.size, self._digest.hexdigest())
-        except ImgsvcError as error:
+        except (Unavailable, NoSpace) as error:
             self._end("unsettled", error)
+            raise
+        except ImgsvcError as error:
+            self._end("error", error)
             raise
         self._end("complete")
         return self.image
@@ -141,7 +144,7 @@ class Transfer:
             return
         try:
             with self._record:
-                self.image = self._records.update(self.image.requeued())
+                self.image = self._settlements.write(self.image.requeued())
         except ImgsvcError as error:
             log.info("record left as it was", image=self.image.id, reason=str(error))
         self._end("stopped")
@@ -161,13 +164,13 @@ class Transfer:
             self._reported = time.monotonic()
             try:
                 if self.image.download_start is not None and self.size != self.image.size:
-                    self.image = self._records.update(self.image.progressed(self.size))
+                    self.image = self._settlements.write(self.image.progressed(self.size))
                 else:
                     self._records.get(self.image.id)
             except NotFound:
                 self.cancel(Conflict("the image was deleted during its transfer"))
             except Conflict:
-                self.cancel(Conflict("the image's record was changed by somebody else during its transfer"))
+                self.cancel(Conflict("the image was ended by somebody else during its transfer"))
 
     def _report_due(self) -> bool:
         first = self.image.size == 0 and self.size > 0
