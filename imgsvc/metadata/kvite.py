@@ -39,8 +39,7 @@ def open_kvite(filename: Path, table: str, member: Member) -> SqliteMetadataStor
 def import_kvite(connection: sqlite3.Connection, filename: Path, table: str) -> None:
     """Copies the records of the Go program's table into ours, once, within the caller's transaction.
 
-    Nobody is put down as holding their bytes: that is for the one who looks at the files. A record that cannot be
-    read is left out, with a warning.
+    A record that cannot be read is left out, with a warning.
     """
     if get_meta(connection, _NOTE) is not None:
         return
@@ -49,7 +48,7 @@ def import_kvite(connection: sqlite3.Connection, filename: Path, table: str) -> 
     for key, value in _rows(connection, filename, table):
         try:
             image = _taken_over(key, value)
-            insert_record(connection, image, claimed_source=None, holder=None)
+            insert_record(connection, image, claimed_source=None)
         except ValueError as error:
             left_out += 1
             _log.warning("kvite_record_left_out", key=key.decode(errors="replace"), reason=str(error))

@@ -24,7 +24,6 @@ class MemoryMetadataStore:
         self._lock = threading.Lock()
         self._images: dict[str, Image] = {}
         self._ids_by_source: dict[str, str] = {}
-        self._held: set[str] = set()
 
     @property
     def identity(self) -> str:
@@ -62,7 +61,7 @@ class MemoryMetadataStore:
                 raise SourceTaken(self._images[self._ids_by_source[image.source]])
             if image.source:
                 self._ids_by_source[image.source] = image.id
-            self._store(created)
+            self._images[image.id] = created
             return created
 
     def update(self, image: Image) -> Image:
@@ -74,26 +73,22 @@ class MemoryMetadataStore:
                 return updated  # the same call, once more
             if stored.revision != image.revision:
                 raise Conflict(f"image {image.id} has changed since it was read")
-            self._store(updated)
+            self._images[image.id] = updated
             return updated
 
     def delete(self, image_id: str) -> Image:
         with self._lock:
             image = self._find(image_id)
             del self._images[image_id]
-            self._held.discard(image_id)
             if self._ids_by_source.get(image.source) == image_id:
                 del self._ids_by_source[image.source]
             return image
 
     def hold(self, image_id: str) -> None:
-        with self._lock:
-            self._find(image_id)
-            self._held.add(image_id)
+        self.get(image_id)
 
     def release(self, image_id: str) -> None:
-        with self._lock:
-            self._held.discard(image_id)
+        """There is nobody else who could hold a complete image."""
 
     def holders(self, image_id: str) -> Sequence[str]:
         self.get(image_id)
@@ -120,20 +115,14 @@ class MemoryMetadataStore:
             return [self._entry(self._images[image_id]) for image_id in ids]
 
     def _entry(self, image: Image) -> Entry:
-        return Entry(image, owner=self._member.id if image.in_transfer else None, here=image.id in self._held)
+        owner = self._member.id if image.in_transfer else None
+        return Entry(image, owner, here=image.status is Status.COMPLETE)
 
     def _find(self, image_id: str) -> Image:
         image = self._images.get(image_id)
         if image is None:
             raise NotFound(f"there is no image {image_id}")
         return image
-
-    def _store(self, image: Image) -> None:
-        self._images[image.id] = image
-        if image.status is Status.COMPLETE:
-            self._held.add(image.id)
-        elif image.status is Status.ERROR:
-            self._held.discard(image.id)
 
 
 def _check_text(image: Image) -> None:

@@ -37,20 +37,17 @@ _CREATE_IMAGES = """
         type TEXT NOT NULL,
         source TEXT UNIQUE,
         document TEXT NOT NULL,
-        revision INTEGER NOT NULL,
-        holder TEXT
+        revision INTEGER NOT NULL
     )"""
 _CREATE_TYPE_INDEX = "CREATE INDEX IF NOT EXISTS imgsvc_images_type ON imgsvc_images (type, id)"
 
-_BY_ID = "SELECT id, document, revision, holder FROM imgsvc_images WHERE id = ?"
-_BY_SOURCE = "SELECT id, document, revision, holder FROM imgsvc_images WHERE source = ?"
-_AFTER = "SELECT id, document, revision, holder FROM imgsvc_images WHERE id > ? ORDER BY id LIMIT ?"
+_BY_ID = "SELECT id, document, revision FROM imgsvc_images WHERE id = ?"
+_BY_SOURCE = "SELECT id, document, revision FROM imgsvc_images WHERE source = ?"
+_AFTER = "SELECT id, document, revision FROM imgsvc_images WHERE id > ? ORDER BY id LIMIT ?"
 _UPDATE = """
-    UPDATE imgsvc_images
-    SET document = :document, revision = :revision + 1,
-        holder = CASE :status WHEN 'complete' THEN :member WHEN 'error' THEN NULL ELSE holder END
+    UPDATE imgsvc_images SET document = :document, revision = :revision + 1
     WHERE id = :id AND revision = :revision"""
-_TYPE_AFTER = "SELECT id, document, revision, holder FROM imgsvc_images WHERE type = ? AND id > ? ORDER BY id LIMIT ?"
+_TYPE_AFTER = "SELECT id, document, revision FROM imgsvc_images WHERE type = ? AND id > ? ORDER BY id LIMIT ?"
 
 
 class SqliteMetadataStore:
@@ -107,21 +104,14 @@ class SqliteMetadataStore:
             claimant = _search(writer, _BY_SOURCE, image.source)
             if claimant is not None:
                 raise SourceTaken(claimant)
-            holder = self._member.id if image.status is Status.COMPLETE else None
-            insert_record(writer, created, claimed_source=image.source or None, holder=holder)
+            insert_record(writer, created, claimed_source=image.source or None)
             return created
 
         return self._write(insert)
 
     def update(self, image: Image) -> Image:
         updated = dataclasses.replace(image, revision=image.revision + 1)
-        change = {
-            "id": image.id,
-            "revision": image.revision,
-            "document": image.to_json(),
-            "status": image.status.value,
-            "member": self._member.id,
-        }
+        change = {"id": image.id, "revision": image.revision, "document": image.to_json()}
 
         def replace(writer: sqlite3.Connection) -> Image:
             done = writer.execute(_UPDATE, change)
@@ -140,11 +130,10 @@ class SqliteMetadataStore:
         return self._write(remove, may_need_ballast=True)
 
     def hold(self, image_id: str) -> None:
-        if not self._set_holder(image_id, self._member.id):
-            raise NotFound(f"there is no image {image_id}")
+        self.get(image_id)
 
     def release(self, image_id: str) -> None:
-        self._set_holder(image_id, None)
+        """There is nobody else who could hold a complete image."""
 
     def holders(self, image_id: str) -> Sequence[str]:
         self.get(image_id)
@@ -251,14 +240,8 @@ class SqliteMetadataStore:
 
     def _entry(self, row: Any) -> Entry:
         image = _image(row)
-        return Entry(image, owner=self._member.id if image.in_transfer else None, here=row[3] is not None)
-
-    def _set_holder(self, image_id: str, holder: str | None) -> bool:
-        def note(writer: sqlite3.Connection) -> bool:
-            done = writer.execute("UPDATE imgsvc_images SET holder = ? WHERE id = ?", (holder, image_id))
-            return done.rowcount == 1
-
-        return self._write(note, may_need_ballast=True)
+        owner = self._member.id if image.in_transfer else None
+        return Entry(image, owner, here=image.status is Status.COMPLETE)
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
@@ -284,13 +267,11 @@ class SqliteMetadataStore:
         return False
 
 
-def insert_record(
-    connection: sqlite3.Connection, image: Image, *, claimed_source: str | None, holder: str | None
-) -> None:
+def insert_record(connection: sqlite3.Connection, image: Image, *, claimed_source: str | None) -> None:
     """Stores `image` as it is, at its revision. Raises ValueError when its text is no Unicode."""
     connection.execute(
-        "INSERT INTO imgsvc_images (id, type, source, document, revision, holder) VALUES (?, ?, ?, ?, ?, ?)",
-        (image.id, image.type.value, claimed_source, image.to_json(), image.revision, holder),
+        "INSERT INTO imgsvc_images (id, type, source, document, revision) VALUES (?, ?, ?, ?, ?)",
+        (image.id, image.type.value, claimed_source, image.to_json(), image.revision),
     )
 
 
@@ -337,7 +318,7 @@ def _find(connection: sqlite3.Connection, query: str, wanted: str) -> Image:
 
 
 def _image(row: Any) -> Image:
-    image_id, document, revision, _ = row
+    image_id, document, revision = row
     try:
         return Image.from_json(document, revision)
     except ValueError as error:

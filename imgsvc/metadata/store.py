@@ -22,7 +22,8 @@ class Member:
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A record with its surroundings. `owner` is the id of the member that is transferring it, None when nobody is
-    known to; `here` says that this member, or one that served from its site before, is on record as holding it."""
+    known to; `here` says that this member, or one that served from its site before, is on record as holding it. In a
+    store that no other host shares, a complete image is here."""
 
     image: Image
     owner: str | None
@@ -70,7 +71,7 @@ class MetadataStore(Protocol):
         """Removes record, source claim, owner and holders in one step, and returns the image as it was."""
 
     def hold(self, image_id: str) -> None:
-        """Notes that this member holds the image's bytes; may be repeated."""
+        """Notes, in a store that hosts share, that this member holds the image's bytes; may be repeated."""
 
     def release(self, image_id: str) -> None:
         """Takes that note away; may be repeated, and does not mind a record that is gone."""
@@ -79,7 +80,7 @@ class MetadataStore(Protocol):
         """Names, for a person, each other member that holds the bytes."""
 
     def follow_deletions(self, deleted: Callable[[str], None], gap: Callable[[], None]) -> None:
-        """From a thread of the store's own, until `close`: calls `deleted(id)` within five seconds of any member's
+        """From now on, in a thread of the store's own, until `close`: calls `deleted(id)` within five seconds of any member's
         deletion of a record, and `gap()` when some may have been missed. A store that no other process shares
         calls neither."""
 

@@ -27,13 +27,14 @@ Opener = Callable[[], MetadataStore]
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """A store type. `places` gives a maker of places, each an empty set of records; what a place is given as opens
-    it, as MEMBER, as often as it is called. `keeps_owners` is whether a member that has gone still owns what it was
-    transferring. `examples` bounds hypothesis, which takes a new place for each."""
+    it, as MEMBER, as often as it is called. `shared` is whether other hosts can use the same records: then a member
+    that has gone owns nothing, and members say themselves what they hold. `examples` bounds hypothesis, which takes a
+    new place for each."""
 
     places: Callable[[pytest.FixtureRequest], Callable[[], Opener]]
     keeps_records: bool
     examples: int
-    keeps_owners: bool = True
+    shared: bool = False
 
 
 def _memory_places(_request: pytest.FixtureRequest) -> Callable[[], Opener]:
@@ -82,7 +83,7 @@ KINDS: dict[str, Kind] = {
     "memory": Kind(_memory_places, keeps_records=False, examples=100),
     "sqlite": Kind(_sqlite_places, keeps_records=True, examples=25),
     "kvite": Kind(_kvite_places, keeps_records=True, examples=10),
-    "etcd": Kind(_etcd_places, keeps_records=True, examples=15, keeps_owners=False),
+    "etcd": Kind(_etcd_places, keeps_records=True, examples=15, shared=True),
 }
 
 

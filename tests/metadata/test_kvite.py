@@ -174,7 +174,7 @@ class TestLeftOut:
 
 class TestTakenOver:
     def test_complete(self, kvite: KviteFile) -> None:
-        """A complete image stays complete, without a digest, held by nobody until its file has been looked at."""
+        """A complete image stays complete, without a digest, and its file is expected here."""
         image_id = kvite.add(source=SOURCE, type="container", comment="é'\"\0")
         with kvite.open() as store:
             image = store.get(image_id)
@@ -190,7 +190,7 @@ class TestTakenOver:
                 download_end=datetime(2015, 3, 2, 22, 4, 36, 500000, UTC),
                 revision=image.revision,
             )
-            assert entries(store) == [Entry(image, owner=None, here=False)]
+            assert entries(store) == [Entry(image, owner=None, here=True)]
             assert store.get_by_source(SOURCE) == image
             with pytest.raises(SourceTaken):
                 store.create(Image(id=new_id(), type=ImageType.KVM, source=SOURCE))

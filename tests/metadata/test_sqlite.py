@@ -255,7 +255,7 @@ def costs(filename: Path, count: int) -> list[float]:
         images = [image(f"http://source.example/{number}") for number in range(count)]
         with contextlib.closing(sqlite3.connect(filename)) as connection, connection:
             for each in images:
-                insert_record(connection, each, claimed_source=each.source, holder=None)
+                insert_record(connection, each, claimed_source=each.source)
         some = images[:: max(1, count // 100)]
         return [
             cost([partial(store.get, each.id) for each in some]),

@@ -54,11 +54,11 @@ class MetadataMachine(RuleBasedStateMachine):
 
     states = Bundle("states")  # every state that a record ever had, also of records that are gone
 
-    def __init__(self, place: Opener, *, keeps_records: bool, keeps_owners: bool) -> None:
+    def __init__(self, place: Opener, *, keeps_records: bool, shared: bool) -> None:
         super().__init__()
         self.place = place
         self.keeps_records = keeps_records
-        self.keeps_owners = keeps_owners
+        self.shared = shared
         self.store: MetadataStore = place()
         self.identity = self.store.identity
         self.images: dict[str, Image] = {}
@@ -187,13 +187,14 @@ class MetadataMachine(RuleBasedStateMachine):
         assert [entry.image for entry in surveyed] == images
         assert {entry.image.id for entry in surveyed if entry.owner == MEMBER.id} == self.owned
         assert all(entry.owner in (MEMBER.id, None) for entry in surveyed)
-        assert {entry.image.id for entry in surveyed if entry.here} == self.held
+        complete = {image.id for image in images if image.status is Status.COMPLETE}
+        assert {entry.image.id for entry in surveyed if entry.here} == (self.held if self.shared else complete)
 
     @precondition(lambda self: self.keeps_records)
     @rule()
     def reopen(self) -> None:
         self.store.close()
-        if not self.keeps_owners:
+        if self.shared:
             self.owned.clear()
         self.store = self.place()
         assert self.store.identity == self.identity
@@ -210,7 +211,7 @@ def test_a_store_is_a_dict(kind: Kind, new_place: Callable[[], Opener]) -> None:
 
     class Machine(MetadataMachine):
         def __init__(self) -> None:
-            super().__init__(new_place(), keeps_records=kind.keeps_records, keeps_owners=kind.keeps_owners)
+            super().__init__(new_place(), keeps_records=kind.keeps_records, shared=kind.shared)
 
     run_state_machine_as_test(
         Machine,

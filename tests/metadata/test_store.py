@@ -16,7 +16,7 @@ from imgsvc.errors import Conflict, ImgsvcError, Invalid, NotFound, SourceTaken
 from imgsvc.metadata.image import Image, ImageType, Status, new_id
 from imgsvc.metadata.store import Entry, MetadataStore
 from imgsvc.settings import MetadataStoreSettings
-from tests.metadata.conftest import KINDS, MEMBER, Opener
+from tests.metadata.conftest import KINDS, MEMBER, Kind, Opener
 
 _T = TypeVar("_T")
 
@@ -173,15 +173,15 @@ class TestRepeating:
             store.update(downloading)
         assert store.get(current.id) == current
 
-    def test_hold_and_release(self, store: MetadataStore) -> None:
-        """Both may be repeated."""
-        created = store.create(image())
-        store.hold(created.id)
-        store.hold(created.id)
-        assert entry(store, created.id).here
-        store.release(created.id)
-        store.release(created.id)
-        assert not entry(store, created.id).here
+    def test_hold_and_release(self, kind: Kind, store: MetadataStore) -> None:
+        """Both may be repeated. Where no other host could hold it, a complete image is here whatever they say."""
+        current = store.update(store.create(image()).completed(5, "ab"))
+        store.release(current.id)
+        store.release(current.id)
+        assert entry(store, current.id).here is not kind.shared
+        store.hold(current.id)
+        store.hold(current.id)
+        assert entry(store, current.id).here
 
 
 class TestConcurrently:

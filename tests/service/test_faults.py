@@ -322,7 +322,7 @@ def many_images(tmp_path: Path) -> Path:
     with contextlib.closing(sqlite3.connect(filename)) as connection, connection:
         for n in range(20_000):
             image = Image(id=str(uuid.uuid4()), type=ImageType.KVM, comment=f"{n} " + "x" * 500, revision=1)
-            insert_record(connection, image.started(5).failed("never meant"), claimed_source=None, holder=None)
+            insert_record(connection, image.started(5).failed("never meant"), claimed_source=None)
     return directory
 
 
