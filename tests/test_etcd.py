@@ -163,6 +163,18 @@ class TestOutages:
             write(connection, etcd_prefix, "kept")
         assert values(connection, etcd_prefix) == [b"kept"]
 
+    def test_a_restart_of_the_whole_cluster(
+        self, etcd_cluster: EtcdCluster, connection: Etcd, etcd_prefix: str
+    ) -> None:
+        """However long all of etcd was away, a call works within two seconds of its return."""
+        for i in range(3):
+            etcd_cluster.kill(i)
+        with pytest.raises(Unavailable):
+            connection.range(etcd_prefix, timeout=4)
+        etcd_cluster.restore()
+        with within(2):
+            write(connection, etcd_prefix)
+
     def test_close_ends_what_waits(self, etcd_cluster: EtcdCluster) -> None:
         """A call that waits for a frozen cluster ends with the connection, and so does every later one."""
         raised: list[Exception] = []

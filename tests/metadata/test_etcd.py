@@ -316,6 +316,16 @@ class TestSize:
         assert max(len(page) for page in pages) <= 1_000
         assert len([each for page in many.list(ImageType.KVM) for each in page]) == MANY // 2
 
+    def test_changes_between_pages(self, many: OwnedEtcdStore) -> None:
+        """A list shows the images as they were when it began."""
+        pages = many.list()
+        next(pages)
+        added = many.create(dataclasses.replace(image(), id=f"ffffffff{new_id()[8:]}"))
+        try:
+            assert added.id not in {each.id for page in pages for each in page}
+        finally:
+            many.delete(added.id)
+
     def test_compaction_between_pages(self, many: OwnedEtcdStore, etcd: EtcdCluster) -> None:
         """A list goes on when etcd drops the revision that it was reading; what exists throughout is in it once."""
         pages = many.list()

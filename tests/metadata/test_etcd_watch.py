@@ -10,6 +10,7 @@ from contextlib import ExitStack, closing
 import pytest
 
 from imgsvc.etcd import Etcd
+from imgsvc.metadata.etcd import EtcdMetadataStore
 from imgsvc.metadata.store import MetadataStore
 from tests.etcd_cluster import EtcdCluster
 from tests.metadata.etcd_store import OwnedEtcdStore, new_member, open_store
@@ -182,6 +183,18 @@ def test_none_is_lost_between_two_watches(store: OwnedEtcdStore, other: OwnedEtc
         deleted.append(created_and_deleted(other))
     listener.wait_for(deleted[-1])
     assert listener.told == deleted
+
+
+def test_close(store: OwnedEtcdStore, listener: Listener) -> None:
+    """The end does not wait for anything, and after it nothing is told."""
+    listener.follow(store)
+    time.sleep(0.5)
+    start = time.monotonic()
+    EtcdMetadataStore.close(store)
+    assert time.monotonic() - start < 0.5
+    created_and_deleted(store)
+    time.sleep(0.5)
+    assert listener.told == []
 
 
 def test_a_listener_that_fails(store: OwnedEtcdStore, other: OwnedEtcdStore) -> None:
