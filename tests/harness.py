@@ -52,6 +52,7 @@ class Service(Client):
     def __init__(self, data_dir: Path, **settings: object) -> None:
         super().__init__(0)
         self.data_dir = data_dir
+        self.command = [sys.executable, "-m", "imgsvc", "serve", "--port", "0", "--data-dir", str(data_dir)]
         self.settings: dict[str, object] = {
             "image_store_config_dir": data_dir / "images",
             "shutdown_timeout": 2,  # a test that fails in mid-transfer should not take long to end
@@ -89,7 +90,7 @@ class Service(Client):
         self.data_dir.mkdir(parents=True, exist_ok=True)
         self._first = len(self.log)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "imgsvc", "serve", "--port", "0", "--data-dir", str(self.data_dir)],
+            self.command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

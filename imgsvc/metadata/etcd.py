@@ -30,6 +30,7 @@ from imgsvc.etcd_messages import (
     when,
 )
 from imgsvc.metadata.etcd_watch import DeletionWatch
+from imgsvc.metadata.go_program import taken_over
 from imgsvc.metadata.image import Image, ImageType, Status, format_time, is_id
 from imgsvc.metadata.store import Entry, Member
 
@@ -41,6 +42,7 @@ _LARGEST_DOCUMENT = 1024 * 1024
 # Creates of one source that find it taken by an image which is then gone; more in a row is no accident.
 _ATTEMPTS = 20
 _PING_SECONDS = 2.0
+_RESTORE_SECONDS = 2.0
 
 _log = structlog.get_logger()
 
@@ -88,13 +90,13 @@ class EtcdMetadataStore:
         yield from _pages(image for image in images if image_type in (None, image.type))
 
     def survey(self) -> Iterator[Sequence[Entry]]:
-        """Records that came from elsewhere get their source claim here."""
+        """Records of the Go program are taken over here: they get their source claim, and nothing stays in transfer."""
         claimed = {item.key for item in self._scan(self._layout.sources, keys_only=True)}
         for page in _pages(self._entries()):
             for entry, item in page:
                 if entry.image.source and self._layout.source(entry.image.source) not in claimed:
                     self._etcd.transact([created_at(item.key, item.created)], self._claiming(entry.image))
-            yield [entry for entry, _ in page]
+            yield [self._taken_over(entry) if _is_foreign(item) else entry for entry, item in page]
 
     def get(self, image_id: str) -> Image:
         return self._find(image_id)[0]
@@ -103,7 +105,7 @@ class EtcdMetadataStore:
         claim = self._etcd.range(self._layout.source(source)).items
         if not claim:
             raise NotFound(f"there is no image from {source}")
-        return self.get(claim[0].value.decode())
+        return self.get(claim[0].text)
 
     def create(self, image: Image) -> Image:
         dangling = None
@@ -113,13 +115,13 @@ class EtcdMetadataStore:
                 return self._written(image, outcome.revision)
             stored, claims = outcome.found
             if stored:
-                if stored[0].value.decode() == _document(image):
+                if stored[0].value == _document(image).encode():
                     return self._written(image, stored[0].modified)
                 raise Conflict(f"the id {image.id} is in use")
             dangling = claims[0] if claims else None
             if dangling is not None:
                 with contextlib.suppress(NotFound):
-                    raise SourceTaken(self.get(dangling.value.decode()))
+                    raise SourceTaken(self.get(dangling.text))
         raise Unavailable(f"the source of image {image.id} is claimed and let go all the time")
 
     def update(self, image: Image) -> Image:
@@ -136,7 +138,7 @@ class EtcdMetadataStore:
             return self._written(image, outcome.revision)
         stored, owner = outcome.found
         # The owner tells our own repeated write from another member's equal one.
-        if stored and stored[0].value.decode() == document and (not owner or self._is_mine(owner[0])):
+        if stored and stored[0].value == document.encode() and (not owner or self._is_mine(owner[0])):
             return self._written(image, stored[0].modified)
         self._owned.pop(image.id, None)
         if not stored:
@@ -184,7 +186,9 @@ class EtcdMetadataStore:
         self._watches.append(DeletionWatch(self._etcd, self._layout, deleted, gap))
 
     def ping(self) -> None:
+        """Without a lease, nothing can be created here."""
         self._etcd.range(self._layout.images, timeout=_PING_SECONDS)
+        self._leases.lease()
 
     def close(self) -> None:
         while self._watches:
@@ -200,7 +204,7 @@ class EtcdMetadataStore:
             comparisons.append(modified_at(claim, dangling.modified if dangling else 0))
             success.append(put(claim, image.id))
         if dangling:
-            comparisons.append(created_at(self._layout.record(dangling.value.decode()), 0))
+            comparisons.append(created_at(self._layout.record(dangling.text), 0))
         return self._with_surroundings(
             image,
             lambda surroundings: self._etcd.transact(
@@ -222,7 +226,7 @@ class EtcdMetadataStore:
         """In two steps, for want of a better way; a claim that is left between them is replaced by a later create."""
         start, claim = self._layout.image(image.id), self._layout.source(image.source)
         deleted = self._etcd.delete(start, end_of(start))
-        if any(item.value.decode() == image.id for item in self._etcd.range(claim).items):
+        if any(item.text == image.id for item in self._etcd.range(claim).items):
             self._etcd.delete(claim)
         return deleted
 
@@ -251,6 +255,7 @@ class EtcdMetadataStore:
             self._etcd.transact(
                 [modified_at(self._layout.record(image_id), revision)],
                 [put(self._layout.owner(image_id), self._member.id, lease)],
+                timeout=_RESTORE_SECONDS,
             )
 
     def _claiming(self, image: Image) -> Sequence[Operation]:
@@ -288,7 +293,7 @@ class EtcdMetadataStore:
             image = self._parsed(parts[RECORD]) if RECORD in parts else None
             if image is None:
                 continue
-            owner = parts[OWNER].value.decode() if OWNER in parts else None
+            owner = parts[OWNER].text if OWNER in parts else None
             here = any(
                 self._is_here(name.removeprefix(f"{REPLICAS}/"), _read_note(item))
                 for name, item in parts.items()
@@ -311,11 +316,20 @@ class EtcdMetadataStore:
                 return
             key, revision = page.items[-1].key + "\0", revision or page.revision
 
+    def _taken_over(self, entry: Entry) -> Entry:
+        image = taken_over(entry.image)
+        if image == entry.image:
+            return entry
+        try:
+            return dataclasses.replace(entry, image=self.update(image))
+        except (Conflict, NotFound):  # another member was faster
+            return entry
+
     def _is_here(self, member: str, note: dict[str, str]) -> bool:
         return member == self._member.id or note.get("site") == self._member.site
 
     def _is_mine(self, owner: KeyValue) -> bool:
-        return owner.value.decode() == self._member.id
+        return owner.text == self._member.id
 
     def _note(self) -> str:
         verified = format_time(datetime.now(UTC))
@@ -332,6 +346,11 @@ def _document(image: Image) -> str:
     if size > _LARGEST_DOCUMENT:
         raise Invalid(f"source and comment make a record of {size} bytes, of which etcd takes {_LARGEST_DOCUMENT}")
     return document
+
+
+def _is_foreign(item: KeyValue) -> bool:
+    """Whether the Go program wrote the document; ours always have all keys."""
+    return "error" not in json.loads(item.value)
 
 
 def _read_note(item: KeyValue) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sqlite3
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import structlog
 
 from imgsvc.errors import ConfigError
+from imgsvc.metadata.go_program import taken_over
 from imgsvc.metadata.image import Image, Status, is_id
 from imgsvc.metadata.sqlite import SqliteMetadataStore, get_meta, insert_record, set_meta
 from imgsvc.metadata.store import Member
@@ -18,9 +18,6 @@ _log = structlog.get_logger()
 
 _BUCKET = "images"
 _NOTE = "kvite_import"
-
-_INTERRUPTED = "mistify-image-service stopped before the image was whole"
-_NO_REASON = "mistify-image-service could not get the image, and did not record why"
 
 
 def open_kvite(filename: Path, table: str, member: Member) -> SqliteMetadataStore:
@@ -47,7 +44,7 @@ def import_kvite(connection: sqlite3.Connection, filename: Path, table: str) -> 
     claims: dict[str, Image] = {}
     for key, value in _rows(connection, filename, table):
         try:
-            image = _taken_over(key, value)
+            image = taken_over(_parsed(key, value))
             insert_record(connection, image, claimed_source=None)
         except ValueError as error:
             left_out += 1
@@ -77,15 +74,11 @@ def _rows(connection: sqlite3.Connection, filename: Path, table: str) -> sqlite3
     )
 
 
-def _taken_over(key: bytes, value: bytes) -> Image:
-    """The record as it goes on from here. Raises ValueError when there is no image in it."""
+def _parsed(key: bytes, value: bytes) -> Image:
+    """Raises ValueError when there is no image in it."""
     image = Image.from_json(value, revision=1)
     if not is_id(image.id) or image.id.encode() != key:
         raise ValueError(f"its id is {image.id!r}")
-    if image.in_transfer:
-        return image.failed(_INTERRUPTED)
-    if image.status is Status.ERROR and not image.error:
-        return dataclasses.replace(image, error=_NO_REASON)
     return image
 
 

@@ -193,6 +193,26 @@ class TestForeignRecords:
         store.delete(upload)
         assert store.get_by_source(SOURCE).id == first
 
+    @pytest.mark.parametrize("status", ["pending", "downloading"])
+    def test_a_survey_ends_transfers(self, store: OwnedEtcdStore, other: OwnedEtcdStore, raw: Raw, status: str) -> None:
+        """What the Go program was transferring is in error, whichever member looks first; our own transfers go on."""
+        image_id = from_go(raw, status, source=SOURCE)
+        current = store.create(image())
+        for pages in (other.survey(), store.survey()):
+            (page,) = pages
+            found = {each.image.id: each for each in page}
+            failed = found[image_id].image
+            assert (failed.status, found[image_id].owner) == (Status.ERROR, None)
+            assert "mistify-image-service stopped" in failed.error
+            assert failed == store.get_by_source(SOURCE)
+            assert found[current.id].image == current
+
+    def test_a_survey_explains(self, store: OwnedEtcdStore, raw: Raw) -> None:
+        """An image that the Go program left in error has a sentence for whoever asks."""
+        image_id = from_go(raw, "error")
+        list(store.survey())
+        assert "did not record why" in store.get(image_id).error
+
     def test_holding_claims(self, store: OwnedEtcdStore, member: Member, raw: Raw) -> None:
         """Who holds it says so, and claims its source."""
         image_id = from_go(raw, source=SOURCE)
