@@ -23,6 +23,8 @@ from imgsvc.metadata.store import Member
 LEASE_SECONDS = 10
 # How often the member's free space is told anew.
 _REPORT_SECONDS = 60
+# Between attempts while etcd is away.
+_RETRY_SECONDS = 1.0
 # How long a caller waits for a lease while there is none: a little more than a grant takes when all is well.
 _PATIENCE_SECONDS = 2.0
 
@@ -50,6 +52,7 @@ class Membership:
         self._lease: int | None = None
         self._trusted_until = 0.0
         self._reported = 0.0
+        self._trouble = ""
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="etcd-lease", daemon=True)
@@ -73,7 +76,7 @@ class Membership:
             self._changed.wait_for(lambda: self.lease_id not in (None, lost), _PATIENCE_SECONDS)
             lease = self.lease_id
         if lease is None or lease == lost:
-            raise Unavailable(f"this host has no lease now: {self._etcd} has not answered for {self._ttl} s")
+            raise Unavailable(f"this host has no lease now: {self._trouble or f'{self._etcd} has not answered yet'}")
         return lease
 
     def on_new_lease(self, restore: Callable[[int], None]) -> None:
@@ -93,21 +96,19 @@ class Membership:
         self._trusted_until = 0.0
 
     def _run(self) -> None:
-        reachable = True
         while not self._stop.is_set():
             try:
                 self._renew()
+                self._trouble = ""
             except ImgsvcError as error:
-                if reachable:
+                if not self._trouble:
                     _log.warning("lease not renewed", member=self._member.id, reason=str(error))
-                reachable = False
-            else:
-                reachable = True
-            self._wake.wait(self._ttl / 3 if reachable else 1.0)
+                self._trouble = str(error)
+            self._wake.wait(_RETRY_SECONDS if self._trouble else self._ttl / 3)
             self._wake.clear()
 
     def _renew(self) -> None:
-        """One attempt, which takes no longer than a third of the lease."""
+        """One attempt, of which no step takes longer than a third of the lease."""
         # etcd counts from when it hears of it, which is later: what we believe always ends first.
         asked = time.monotonic()
         lease = self._kept() or self._new_lease()

@@ -209,6 +209,7 @@ class Etcd:
         """
         endpoint = self._endpoint()
         over = threading.Event()
+        watch_id = 0
         create = etcdrpc.WatchCreateRequest(
             key=raw(key), range_end=raw(end), start_revision=revision, filters=[etcdrpc.WatchCreateRequest.NOPUT]
         )
@@ -218,7 +219,7 @@ class Etcd:
             stop.wait(seconds)
             over.set()
             # The answer to this tells a quiet member from a dead one.
-            yield etcdrpc.WatchRequest(cancel_request=etcdrpc.WatchCancelRequest(watch_id=0))
+            yield etcdrpc.WatchRequest(cancel_request=etcdrpc.WatchCancelRequest(watch_id=watch_id))
 
         reason = ""
         try:
@@ -226,6 +227,7 @@ class Etcd:
             stream = endpoint.watch.Watch(requests(), timeout=seconds + self._attempt_timeout / 2, metadata=metadata)
             try:
                 for answer in stream:
+                    watch_id = answer.watch_id
                     if answer.compact_revision:
                         raise Compacted(f"{self} has compacted revision {revision}")
                     for event in answer.events:

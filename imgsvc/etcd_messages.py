@@ -30,6 +30,11 @@ class KeyValue:
     created: int
     modified: int
 
+    @property
+    def text(self) -> str:
+        """The value, for one that we compare with names of ours; what is no UTF-8 is none of them."""
+        return self.value.decode(errors="replace")
+
 
 @dataclass(frozen=True, slots=True)
 class Page:
