@@ -73,7 +73,7 @@ class Membership:
             if lost is not None and lost == self._lease:
                 self._trusted_until = 0.0
                 self._wake.set()
-            self._changed.wait_for(lambda: self.lease_id not in (None, lost), _PATIENCE_SECONDS)
+            self._changed.wait_for(lambda: self._stop.is_set() or self.lease_id not in (None, lost), _PATIENCE_SECONDS)
             lease = self.lease_id
         if lease is None or lease == lost:
             raise Unavailable(f"this host has no lease now: {self._trouble or f'{self._etcd} has not answered yet'}")
@@ -90,10 +90,12 @@ class Membership:
         self._stop.set()
         self._wake.set()
         self._thread.join()
+        with self._changed:
+            self._trusted_until, self._trouble = 0.0, "it is leaving"
+            self._changed.notify_all()
         if self._lease is not None:
             with contextlib.suppress(ImgsvcError):
                 self._etcd.revoke(self._lease, timeout=1)
-        self._trusted_until = 0.0
 
     def _run(self) -> None:
         while not self._stop.is_set():

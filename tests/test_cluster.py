@@ -99,6 +99,16 @@ class TestDeath:
         assert members(observer) == {}
         assert store.membership.lease_id is None
 
+    def test_after_close(self, store: OwnedEtcdStore) -> None:
+        """A member without lease is not ready, and creates nothing; it says so at once."""
+        store.membership.close()
+        start = time.monotonic()
+        with pytest.raises(Unavailable, match="lease"):
+            store.ping()
+        with pytest.raises(Unavailable, match="lease"):
+            store.create(image())
+        assert time.monotonic() - start < 1
+
     def test_close_in_an_outage(self, etcd_cluster: EtcdCluster, store: OwnedEtcdStore) -> None:
         """When etcd does not answer, closing does not wait for it for long."""
         for i in range(3):
