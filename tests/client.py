@@ -49,8 +49,9 @@ class Client:
         return f"http://127.0.0.1:{self.port}"
 
     def request(self, method: str, path: str, body: Body | None = None, headers: Headers | None = None) -> Answer:
-        """A body that is an iterable is sent chunked, any other with its length."""
-        chunked = body is not None and not isinstance(body, bytes) and not hasattr(body, "read")
+        """A body that is an iterable is sent chunked unless the headers have its length, any other with its length."""
+        pieces = body is not None and not isinstance(body, bytes) and not hasattr(body, "read")
+        chunked = pieces and "Content-Length" not in (headers or {})
         with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=_TIMEOUT)) as connection:
             sent = dict(headers or {})
             if chunked:

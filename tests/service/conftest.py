@@ -6,10 +6,12 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.etcd_cluster import EtcdCluster
 from tests.harness import Census, Service, wait_for
 from tests.source import Source
 
@@ -26,11 +28,15 @@ StartService = Callable[..., Service]
 def _records(request: pytest.FixtureRequest) -> Settings:
     if request.param == "sqlite":
         return {}
-    etcd = request.getfixturevalue("etcd")
+    return on_etcd(request.getfixturevalue("etcd"), f"/test-{uuid.uuid4()}")
+
+
+def on_etcd(cluster: EtcdCluster, prefix: str) -> Settings:
+    """Settings of a host that shares its records with all others of the same prefix."""
     return {
         "metadata_store_type": "etcd",
-        "metadata_store_config_machines": etcd.endpoints,
-        "metadata_store_config_prefix": f"/test-{uuid.uuid4()}",
+        "metadata_store_config_machines": cluster.endpoints,
+        "metadata_store_config_prefix": prefix,
     }
 
 
@@ -62,6 +68,12 @@ def start_service(tmp_path: Path) -> Iterator[StartService]:
             return running.enter_context(Service(data_dir or tmp_path / str(uuid.uuid4()), **settings))
 
         yield start
+
+
+@pytest.fixture
+def new_host(start_service: StartService, etcd: EtcdCluster, etcd_prefix: str) -> StartService:
+    """Starts a host that shares its records with the others of the test, with these further settings."""
+    return partial(start_service, **on_etcd(etcd, etcd_prefix))
 
 
 @pytest.fixture(scope="module")
