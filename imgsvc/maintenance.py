@@ -130,8 +130,17 @@ class Maintenance:
             )
             return
         for image_id in orphans:
-            log.info("bytes without a record removed", image=image_id)
             try:
-                self._images.delete(image_id)
+                if self._has_no_record(image_id):
+                    self._images.delete(image_id)
+                    log.info("bytes without a record removed", image=image_id)
             except ImgsvcError as error:
-                log.error("bytes without a record are left", image=image_id, reason=str(error))
+                log.error("bytes that seem to have no record are left", image=image_id, reason=str(error))
+
+    def _has_no_record(self, image_id: str) -> bool:
+        """Asked once more: a survey leaves out a record that somebody has spoilt, for which this is Unavailable."""
+        try:
+            self._records.get(image_id)
+        except NotFound:
+            return True
+        return False

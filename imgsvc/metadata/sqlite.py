@@ -14,12 +14,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+import structlog
+
 from imgsvc.errors import ConfigError, Conflict, Invalid, NoSpace, NotFound, SourceTaken, Unavailable
 from imgsvc.metadata.ballast import BALLAST_SIZE, Ballast
 from imgsvc.metadata.image import Image, ImageType, Status
 from imgsvc.metadata.store import Entry, Member
 
 _T = TypeVar("_T")
+_log = structlog.get_logger()
 
 _SCHEMA = "1"
 _PAGE = 1_000
@@ -78,11 +81,11 @@ class SqliteMetadataStore:
 
     def list(self, image_type: ImageType | None = None) -> Iterator[Sequence[Image]]:
         for rows in self._pages(image_type):
-            yield [_image(row) for row in rows]
+            yield tuple(_readable(rows))
 
     def survey(self) -> Iterator[Sequence[Entry]]:
         for rows in self._pages(None):
-            yield [self._entry(row) for row in rows]
+            yield [self._entry(image) for image in _readable(rows)]
 
     def get(self, image_id: str) -> Image:
         with self._translated(), self._reader() as reader:
@@ -238,8 +241,7 @@ class SqliteMetadataStore:
                 return reader.execute(_AFTER, (after, _PAGE)).fetchall()
             return reader.execute(_TYPE_AFTER, (image_type.value, after, _PAGE)).fetchall()
 
-    def _entry(self, row: Any) -> Entry:
-        image = _image(row)
+    def _entry(self, image: Image) -> Entry:
         owner = self._member.id if image.in_transfer else None
         return Entry(image, owner, here=image.status is Status.COMPLETE)
 
@@ -315,6 +317,15 @@ def _find(connection: sqlite3.Connection, query: str, wanted: str) -> Image:
     if image is None:
         raise NotFound(f"there is no image {wanted}")
     return image
+
+
+def _readable(rows: Sequence[Any]) -> Iterator[Image]:
+    """Without the records that somebody has spoilt: one must not hide the others."""
+    for row in rows:
+        try:
+            yield _image(row)
+        except Unavailable as error:
+            _log.warning("record left out", reason=str(error))
 
 
 def _image(row: Any) -> Image:
