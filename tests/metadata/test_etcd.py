@@ -244,6 +244,14 @@ class TestForeignRecords:
         created = store.create(image(SOURCE))
         assert store.get_by_source(SOURCE) == created
 
+    def test_a_claim_of_nonsense(self, store: OwnedEtcdStore, raw: Raw) -> None:
+        """A claim that names no image, because somebody wrote something else, claims nothing."""
+        raw.client.put(f"{raw.prefix}/image-sources/{SOURCE_SHA256}", b"\xff")
+        with pytest.raises(NotFound):
+            store.get_by_source(SOURCE)
+        created = store.create(image(SOURCE))
+        assert store.get_by_source(SOURCE) == created
+
     @pytest.mark.parametrize("comment", ["x" * 2_000_000, "\ud800"], ids=["too long", "half a surrogate pair"])
     def test_what_etcd_cannot_take(self, store: OwnedEtcdStore, raw: Raw, comment: str) -> None:
         """A record that etcd could not store is the caller's mistake."""
