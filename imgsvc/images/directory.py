@@ -101,7 +101,6 @@ class Directory:
 
     @property
     def _fd(self) -> int:
-        # Not a number that looks like none, such as -1: os.scandir would take it for the working directory.
         if self._descriptor is None:
             raise OSError(errno.EBADF, "the image store is closed")
         return self._descriptor

@@ -13,6 +13,7 @@ import pytest
 
 from imgsvc.errors import ConfigError, NoSpace, Unavailable
 from imgsvc.images.filesystem import FilesystemImageStore
+from imgsvc.images.store import ImageWriter
 from imgsvc.metadata.image import new_id
 from tests.images.conftest import RECORDS
 from tests.images.helpers import BLOCK, content, content_of, put
@@ -41,22 +42,27 @@ def dataset(zfs_pool: ZfsPool) -> Iterator[Path]:
 def fill(store: FilesystemImageStore, image_id: str) -> int:
     """Writes the image until there is no space, sees to it that it cannot be committed, and returns how many blocks
     were taken."""
-    writer = store.writer(image_id)
     blocks = 0
 
-    def write_on() -> None:
+    def write_on(writer: ImageWriter) -> None:
         nonlocal blocks
         while True:
             writer.write(os.urandom(BLOCK))
             blocks += 1
 
-    with pytest.raises(NoSpace) as caught:
-        write_on()
-    assert store.place not in str(caught.value)
-    with pytest.raises(Unavailable):
-        writer.commit()
-    writer.abort()
+    with closing(store.writer(image_id)) as writer:
+        with pytest.raises(NoSpace) as caught:
+            write_on(writer)
+        assert store.place not in str(caught.value)
+        with pytest.raises(Unavailable):
+            writer.commit()
+        writer.abort()
     return blocks
+
+
+def make_files(directory: Path, number: int) -> None:
+    for name in range(number):
+        (directory / f"{name}").touch()
 
 
 def test_disk_full(small_store: FilesystemImageStore) -> None:
@@ -89,6 +95,25 @@ def test_what_a_full_disk_still_does(small_store: FilesystemImageStore, tmpfs: P
         put(store, last, b"in its place")
         store.delete(last)
         assert list(store.ids()) == []
+
+
+def test_no_file_can_be_made(tmp_path: Path, mount: Mount) -> None:
+    """A disk without room for one more file takes no image, which says so; all else goes on, a start included."""
+    mount("-t", "tmpfs", "-o", "nr_inodes=16", "imgsvc-test", tmp_path)
+    kept = new_id()
+    with closing(FilesystemImageStore(tmp_path)) as store:
+        store.mark(RECORDS)
+        put(store, kept, b"kept")
+        with pytest.raises(OSError, match="No space"):
+            make_files(tmp_path, 16)
+        store.ping()
+    with closing(FilesystemImageStore(tmp_path)) as store:
+        for call in (store.claim, store.writer):
+            with pytest.raises(NoSpace):
+                call(new_id())
+        assert content(store, kept) == b"kept"
+        store.delete(kept)
+        put(store, kept, b"again")
 
 
 def test_read_only_disk(small_store: FilesystemImageStore, tmpfs: Path, mount: Mount, image_id: str) -> None:

@@ -322,12 +322,15 @@ def test_of_many_threads_one_becomes_the_writer(store: ImageStore, image_id: str
 
 
 def test_a_committed_image_is_never_overwritten(store: ImageStore, image_id: str) -> None:
-    """There is no writer for an image that exists; it can still be read, and nothing is left unfinished."""
+    """There is no writer for an image that exists; it can still be read, and written again when it is deleted."""
     put(store, image_id, b"first")
     with pytest.raises(Conflict):
         store.writer(image_id)
     assert content(store, image_id) == b"first"
     assert list(store.unfinished()) == []
+    store.delete(image_id)
+    put(store, image_id, b"second")
+    assert content(store, image_id) == b"second"
 
 
 def test_delete(store: ImageStore, image_id: str) -> None:
