@@ -37,3 +37,17 @@ def store(fresh_store: ImageStore) -> ImageStore:
 @pytest.fixture
 def image_id() -> str:
     return new_id()
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """Where the file system store is: named so that a message which leaks it can be told."""
+    return tmp_path / "images-directory"
+
+
+@pytest.fixture
+def filesystem_store(directory: Path) -> Iterator[FilesystemImageStore]:
+    store = FilesystemImageStore(directory)
+    store.mark(RECORDS)
+    yield store
+    store.close()

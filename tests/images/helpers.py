@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from contextlib import closing
+from pathlib import Path
 
 from imgsvc.images.store import ImageStore
 
@@ -34,3 +35,8 @@ def content(store: ImageStore, image_id: str) -> bytes:
     with closing(store.open(image_id)) as reader:
         offsets = itertools.takewhile(lambda offset: offset < reader.size, itertools.count(step=BLOCK))
         return b"".join(reader.read(offset, BLOCK) for offset in offsets)
+
+
+def tree(directory: Path) -> set[str]:
+    """Everything in the directory, hidden or not."""
+    return {str(path.relative_to(directory)) for path in directory.rglob("*")}

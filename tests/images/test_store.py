@@ -1,10 +1,9 @@
-"""What every image store promises, whatever keeps the bytes; the failures first."""
+"""What every image store promises, whatever keeps the bytes; its writers have test_store_writer.py."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -12,9 +11,9 @@ from contextlib import closing
 import pytest
 
 import imgsvc.images
-from imgsvc.errors import Conflict, Invalid, NoSpace, NotFound, Unavailable
+from imgsvc.errors import Invalid, NoSpace, NotFound, Unavailable
 from imgsvc.images.memory import MemoryImageStore
-from imgsvc.images.store import ImageStore, ImageWriter
+from imgsvc.images.store import ImageStore
 from imgsvc.metadata.image import is_id, new_id
 from tests.images.conftest import IMAGE_STORES, RECORDS
 from tests.images.helpers import BLOCK, content, content_of, put
@@ -28,11 +27,6 @@ BY_ID: dict[str, Callable[[ImageStore, str], object]] = {
     "delete": lambda store, image_id: store.delete(image_id),
 }
 WRITING = ("claim", "unclaim", "writer", "delete")
-ENDINGS: dict[str, Callable[[ImageWriter], None]] = {
-    "commit": lambda writer: writer.commit(),
-    "abort": lambda writer: writer.abort(),
-    "close": lambda writer: writer.close(),
-}
 
 A_UUID = "0b53a0a6-6c41-4f43-9d2c-6c0d2b2f9a11"
 NO_IDS = (
@@ -120,217 +114,6 @@ def test_missing_image(store: ImageStore, image_id: str, method: str) -> None:
     """An image that was never there is not found."""
     with pytest.raises(NotFound):
         BY_ID[method](store, image_id)
-
-
-def test_nothing_shows_before_commit(store: ImageStore, image_id: str) -> None:
-    """While an image is being written, nobody can read it or list it."""
-    with closing(store.writer(image_id)) as writer:
-        writer.write(b"some")
-        with pytest.raises(NotFound):
-            store.open(image_id)
-        with pytest.raises(NotFound):
-            store.size(image_id)
-        assert list(store.ids()) == []
-        writer.commit()
-    assert list(store.ids()) == [image_id]
-
-
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_write_after_the_end(store: ImageStore, image_id: str, ending: str) -> None:
-    """A writer that has ended takes no more bytes, and what it had stored stays as it was."""
-    writer = store.writer(image_id)
-    writer.write(b"whole")
-    ENDINGS[ending](writer)
-    with pytest.raises(Unavailable):
-        writer.write(b"more")
-    if ending == "commit":
-        assert content(store, image_id) == b"whole"
-
-
-@pytest.mark.parametrize("ending", ["abort", "close"])
-def test_commit_after_the_end_never_returns(store: ImageStore, image_id: str, ending: str) -> None:
-    """A commit of what was dropped cannot keep its promise, so it raises, and nothing appears."""
-    writer = store.writer(image_id)
-    writer.write(b"half")
-    ENDINGS[ending](writer)
-    with pytest.raises(Unavailable):
-        writer.commit()
-    assert list(store.ids()) == []
-
-
-@pytest.mark.parametrize("second", ENDINGS)
-def test_endings_after_commit_do_nothing(store: ImageStore, image_id: str, second: str) -> None:
-    """A committed image stays, however often its writer is ended."""
-    writer = store.writer(image_id)
-    writer.write(b"whole")
-    writer.commit()
-    ENDINGS[second](writer)
-    ENDINGS[second](writer)
-    assert content(store, image_id) == b"whole"
-    assert list(store.unfinished()) == []
-
-
-@pytest.mark.parametrize("second", ["abort", "close"])
-def test_endings_after_abort_do_nothing(store: ImageStore, image_id: str, second: str) -> None:
-    """Once aborted, a writer has no hold on the id: what the next writer stores is not touched."""
-    writer = store.writer(image_id)
-    writer.write(b"half")
-    writer.abort()
-    later = store.writer(image_id)
-    later.write(b"whole")
-    ENDINGS[second](writer)
-    later.commit()
-    assert content(store, image_id) == b"whole"
-
-
-def test_abort_leaves_the_claim_and_gives_the_space_back(store: ImageStore, image_id: str) -> None:
-    """An aborted image stays unfinished, without its bytes, until it is unclaimed."""
-    free = store.space().free
-    writer = store.writer(image_id)
-    writer.write(bytes(4 * BLOCK))
-    writer.abort()
-    assert list(store.unfinished()) == [image_id]
-    if isinstance(store, MemoryImageStore):  # others share their disk; the tests of a full one look at the space
-        assert store.space().free == free
-    store.unclaim(image_id)
-    assert list(store.unfinished()) == []
-
-
-@pytest.mark.parametrize("second", ["abort", "close"])
-def test_endings_after_close_do_nothing(store: ImageStore, image_id: str, second: str) -> None:
-    """A closed writer leaves its image unfinished, and an abort that comes late does not change that."""
-    writer = store.writer(image_id)
-    writer.write(b"half")
-    writer.close()
-    ENDINGS[second](writer)
-    assert list(store.unfinished()) == [image_id]
-    with pytest.raises(NotFound):
-        store.open(image_id)
-
-
-def test_a_failed_write_breaks_the_image(store: ImageStore, image_id: str) -> None:
-    """After a block that was not stored, neither a further block nor a commit is accepted."""
-    writer = store.writer(image_id)
-    writer.write(b"first")
-    with pytest.raises(TypeError):
-        writer.write(None)  # type: ignore[arg-type]
-    with pytest.raises(Unavailable):
-        writer.write(b"third")
-    with pytest.raises(Unavailable):
-        writer.commit()
-    writer.abort()
-    assert list(store.unfinished()) == [image_id]
-    assert list(store.ids()) == []
-
-
-def test_claim_is_found_until_unclaimed(store: ImageStore, image_id: str) -> None:
-    """A claim is unfinished work without bytes; it may be made and removed twice."""
-    other = new_id()
-    store.claim(image_id)
-    store.claim(image_id)
-    store.claim(other)
-    assert set(store.unfinished()) == {image_id, other}
-    assert list(store.ids()) == []
-    store.unclaim(image_id)
-    store.unclaim(image_id)
-    assert list(store.unfinished()) == [other]
-
-
-@pytest.mark.parametrize("claimed", [True, False], ids=["claimed", "not claimed"])
-def test_writer_claims(store: ImageStore, image_id: str, *, claimed: bool) -> None:
-    """A writer has its id among the unfinished from the first moment, claimed before or not, until it ends."""
-    if claimed:
-        store.claim(image_id)
-    writer = store.writer(image_id)
-    assert list(store.unfinished()) == [image_id]
-    writer.commit()
-    assert list(store.unfinished()) == []
-    assert list(store.ids()) == [image_id]
-
-
-def test_claim_does_not_disturb_a_writer(store: ImageStore, image_id: str) -> None:
-    """A claim of an image that is being written loses none of its bytes."""
-    writer = store.writer(image_id)
-    writer.write(b"first ")
-    store.claim(image_id)
-    writer.write(b"second")
-    writer.commit()
-    assert content(store, image_id) == b"first second"
-
-
-def test_unclaim_removes_leftovers(store: ImageStore, image_id: str) -> None:
-    """What a closed writer left is removed, and an image is not."""
-    whole = new_id()
-    put(store, whole, b"whole")
-    writer = store.writer(image_id)
-    writer.write(b"half")
-    writer.close()
-    store.unclaim(image_id)
-    store.unclaim(whole)
-    assert list(store.unfinished()) == []
-    assert content(store, whole) == b"whole"
-
-
-def test_unclaim_leaves_an_open_writer_alone(store: ImageStore, image_id: str) -> None:
-    """The claim of a writer that is open is its own to end."""
-    writer = store.writer(image_id)
-    with pytest.raises(Conflict):
-        store.unclaim(image_id)
-    writer.commit()
-    assert list(store.ids()) == [image_id]
-
-
-def test_writer_drops_leftovers(store: ImageStore, image_id: str) -> None:
-    """Begun anew, an image holds nothing of an attempt before."""
-    writer = store.writer(image_id)
-    writer.write(b"a long first attempt")
-    writer.close()
-    put(store, image_id, b"short")
-    assert content(store, image_id) == b"short"
-
-
-def test_one_writer_at_a_time(store: ImageStore, image_id: str) -> None:
-    """While one writer of an image is open there is no second; each way to end it makes room for the next."""
-    for ending in ("abort", "close"):
-        writer = store.writer(image_id)
-        with pytest.raises(Conflict):
-            store.writer(image_id)
-        ENDINGS[ending](writer)
-    put(store, image_id, b"whole")
-    store.delete(image_id)
-    put(store, image_id, b"again")
-    assert content(store, image_id) == b"again"
-
-
-def test_of_many_threads_one_becomes_the_writer(store: ImageStore, image_id: str) -> None:
-    """Threads that ask at the same moment get one writer between them."""
-    threads = 8
-    start = threading.Barrier(threads)
-
-    def ask() -> ImageWriter | None:
-        start.wait()
-        try:
-            return store.writer(image_id)
-        except Conflict:
-            return None
-
-    with ThreadPoolExecutor(threads) as pool:
-        answers = [future.result() for future in [pool.submit(ask) for _ in range(threads)]]
-    writers = [writer for writer in answers if writer is not None]
-    assert len(writers) == 1
-    writers[0].abort()
-
-
-def test_a_committed_image_is_never_overwritten(store: ImageStore, image_id: str) -> None:
-    """There is no writer for an image that exists; it can still be read, and written again when it is deleted."""
-    put(store, image_id, b"first")
-    with pytest.raises(Conflict):
-        store.writer(image_id)
-    assert content(store, image_id) == b"first"
-    assert list(store.unfinished()) == []
-    store.delete(image_id)
-    put(store, image_id, b"second")
-    assert content(store, image_id) == b"second"
 
 
 def test_delete(store: ImageStore, image_id: str) -> None:
