@@ -173,6 +173,8 @@ class Transfer:
                 self.cancel(Conflict("the image was ended by somebody else during its transfer"))
 
     def _report_due(self) -> bool:
+        if self.image.revision == 0:
+            return False  # its record is still being created, and one that is not there yet looks like a deleted one
         first = self.image.size == 0 and self.size > 0
         return time.monotonic() - self._reported >= (FIRST_REPORT if first else REPORT_INTERVAL)
 
