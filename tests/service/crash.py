@@ -12,6 +12,7 @@ from collections.abc import Set as AbstractSet
 from typing import Any
 
 from tests.client import Answer
+from tests.etcd_cluster import EtcdCluster
 from tests.harness import Service, wait_for
 from tests.source import Resource, Source
 
@@ -145,6 +146,12 @@ def kill_repeatedly(
             kills -= 1
         service.wait_ready()
         settled()
+
+
+def end_lease(etcd: EtcdCluster, service: Service) -> None:
+    """What time does to a host that is gone for longer than its lease: it owns nothing any more."""
+    lease = int(service.events("lease granted")[-1]["lease"], 16)
+    etcd.call("/v3/lease/revoke", {"ID": str(lease)})
 
 
 def assert_no_lie(clients: Clients, others: AbstractSet[str] = frozenset()) -> int:

@@ -15,7 +15,7 @@ from tests.client import Connection
 from tests.etcd_cluster import EtcdCluster
 from tests.harness import Service
 from tests.service.conftest import Settings, StartService
-from tests.service.crash import Clients, assert_no_lie, kill_repeatedly
+from tests.service.crash import Clients, assert_no_lie, end_lease, kill_repeatedly
 from tests.service.test_faults import begin_upload
 from tests.source import Resource, Source
 
@@ -34,12 +34,6 @@ def seed() -> int:
     seed = random.randrange(1 << 32)
     print("seed", seed)  # noqa: T201 - pytest keeps it for when the test fails
     return seed
-
-
-def end_lease(etcd: EtcdCluster, service: Service) -> None:
-    """What time does to a host that is gone for longer than its lease: it owns nothing any more."""
-    lease = int(service.events("lease granted")[-1]["lease"], 16)
-    etcd.call("/v3/lease/revoke", {"ID": str(lease)})
 
 
 class Bystander:
