@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import structlog
 
 from imgsvc.digests import Digests
@@ -120,7 +122,9 @@ class Maintenance:
         """Only in a directory that belongs to these very records: with the wrong ones, all images look like orphans."""
         if self._images.marked_for != self._records.identity:
             if not orphans:
-                self._images.mark(self._records.identity)
+                # A disk that is too full for the new marker keeps the old one until the next start.
+                with contextlib.suppress(ConfigError):
+                    self._images.mark(self._records.identity)
                 return
             log.error(
                 "images without a record are left alone: the directory was not filled with these records",
