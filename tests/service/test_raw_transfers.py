@@ -263,6 +263,14 @@ def test_too_large_without_a_length(service: Service, connection: Connection) ->
     wait_for(lambda: marked(service, mark) == ["error"], 2, "the image is in error")
 
 
+@pytest.mark.parametrize("chunked", [True, False])
+def test_too_large_for_a_client_that_does_not_look(service: Service, chunked: bool) -> None:
+    """One that sends all it has before it looks for an answer finds 413 and not a reset."""
+    pieces = [bytes(MIB)] * (LIMIT // MIB + 8)
+    answer = service.put(iter(pieces) if chunked else b"".join(pieces))
+    assert_is_error(answer, 413)
+
+
 def test_exactly_as_large_as_allowed(service: Service) -> None:
     """An image of maxImageSize fits, with a length and without."""
     for image in (service.upload(bytes(LIMIT)), service.upload(iter([bytes(MIB)] * (LIMIT // MIB)))):
