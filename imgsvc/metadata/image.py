@@ -115,7 +115,7 @@ class Image:
         return dataclasses.replace(self, revision=revision)
 
     def to_document(self) -> dict[str, Any]:
-        """The record as CONTRACT's "Image JSON" has it: the Go program's keys in their order, then the new ones."""
+        """The record as the wire contract has it: the Go program's keys in their order, then the new ones."""
         return {
             "id": self.id,
             "source": self.source,
