@@ -191,8 +191,8 @@ def test_not_ready_without_etcd(start_service: StartService, own_etcd: EtcdClust
     requests = [("GET", "/readyz"), ("GET", "/images"), ("GET", f"/images/{image['id']}"), ("PUT", "/images")]
     began = time.monotonic()
     with ThreadPoolExecutor(len(requests)) as pool:
-        headers = {"X-Image-Type": "kvm"}
-        answers = list(pool.map(lambda request: service.request(*request, headers=headers), requests))
+        asked = [pool.submit(service.request, *request, None, {"X-Image-Type": "kvm"}) for request in requests]
+        answers = [answer.result() for answer in asked]
     assert time.monotonic() - began < 10
     assert [(answer.status, answer.json()["code"]) for answer in answers] == [(503, 503)] * len(requests)
     assert "metadata" in answers[0].message
