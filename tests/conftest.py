@@ -1,3 +1,3 @@
 """Fixtures that more than one folder of tests uses."""
 
-pytest_plugins = ["tests.etcd_cluster", "tests.mounts", "tests.zfs"]
+pytest_plugins = ["tests.etcd_cluster", "tests.mounts", "tests.rooms", "tests.zfs"]

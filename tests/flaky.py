@@ -1,0 +1,104 @@
+"""Real stores that fail on command: a fault stands in the way of a call, and the store itself is sound."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+from imgsvc.errors import NoSpace, Unavailable
+from imgsvc.images.store import ImageStore
+from imgsvc.metadata.store import MetadataStore
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What a call ends with. One that is `applied` has done its work before: the caller cannot know."""
+
+    error: BaseException
+    applied: bool = False
+
+
+LOST = Fault(Unavailable("the call was lost"))
+UNKNOWN = Fault(Unavailable("the answer was lost"), applied=True)
+FULL = Fault(NoSpace("there is no space"))
+
+
+class Faults:
+    """The calls so far, by name, and what becomes of the next ones: `plan` is asked before each call, with its number
+    and name, and may also do things in that gap."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.plan: Callable[[int, str], Fault | None] = _no_fault
+        self._lock = threading.Lock()
+
+    def next(self, call: str, fault: Fault, times: int = 1) -> None:
+        """The next so many calls of this name end with the fault."""
+        left = iter(range(times))
+
+        def plan(_number: int, name: str) -> Fault | None:
+            return fault if name == call and next(left, None) is not None else None
+
+        self.plan = plan
+
+    def always(self, *calls: str, fault: Fault = LOST) -> None:
+        """From now on every call ends with the fault, or every one of these names."""
+        self.plan = lambda _number, name: fault if not calls or name in calls else None
+
+    def heal(self) -> None:
+        self.plan = _no_fault
+
+    def perform(self, name: str, call: Callable[[], T]) -> T:
+        with self._lock:
+            number = len(self.calls)
+            self.calls.append(name)
+        fault = self.plan(number, name)
+        if fault is None:
+            return call()
+        if fault.applied:
+            call()
+        raise fault.error
+
+
+def flaky_records(store: MetadataStore, faults: Faults) -> MetadataStore:
+    """Each page of a list or survey is a call named `page`."""
+    return cast("MetadataStore", _Flaky(store, faults))
+
+
+def flaky_images(store: ImageStore, faults: Faults) -> ImageStore:
+    """Its writers' calls have faults too."""
+    return cast("ImageStore", _Flaky(store, faults))
+
+
+class _Flaky:
+    def __init__(self, store: object, faults: Faults) -> None:
+        self._store = store
+        self._faults = faults
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._store, name)
+        if not callable(attribute):
+            return attribute
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = self._faults.perform(name, lambda: attribute(*args, **kwargs))
+            if name in ("list", "survey"):
+                return self._pages(result)
+            return _Flaky(result, self._faults) if name == "writer" else result
+
+        return call
+
+    def _pages(self, pages: Iterator[T]) -> Iterator[T]:
+        while True:
+            page = self._faults.perform("page", lambda: next(pages, None))
+            if page is None:
+                return
+            yield page
+
+
+def _no_fault(_number: int, _name: str) -> Fault | None:
+    return None
