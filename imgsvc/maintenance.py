@@ -7,7 +7,7 @@ import contextlib
 import structlog
 
 from imgsvc.digests import Digests
-from imgsvc.errors import ConfigError, Conflict, ImgsvcError, NotFound
+from imgsvc.errors import ConfigError, Conflict, ImgsvcError, NoSpace, NotFound
 from imgsvc.fetcher import Fetcher
 from imgsvc.images.store import ImageStore
 from imgsvc.metadata.image import Image, Status
@@ -78,7 +78,10 @@ class Maintenance:
 
     def _settle(self, image: Image) -> list[str]:
         """The id of the fetch that is to be submitted again, if it is one."""
-        # Bytes may stand under the final name: the process died between the rename and the record's last step.
+        # Bytes may stand under the final name: the process died between the rename and the record's last step. They
+        # may be all that says whose transfer this was, so there is a claim before they go, where there is room for it.
+        with contextlib.suppress(NoSpace):
+            self._images.claim(image.id)
         self._images.delete(image.id)
         try:
             if image.source:
