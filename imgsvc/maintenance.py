@@ -48,8 +48,11 @@ class Maintenance:
                 elif entry.image.in_transfer and self._is_ours(entry, stored | unfinished):
                     unfinished.discard(entry.image.id)
                     to_fetch += self._settle(entry.image)
-        for image_id in unfinished:
-            self._images.unclaim(image_id)
+        if self._images.marked_for in ("", self._records.identity):
+            for image_id in unfinished:
+                self._images.unclaim(image_id)
+        else:
+            orphans |= unfinished  # the records that they belong to will need them
         self._remove_orphans(orphans)
         for image_id in to_fetch:
             self._fetcher.submit(image_id)

@@ -105,6 +105,14 @@ class Service(Client):
                 self.close()
                 raise
 
+    def start_refused(self) -> str:
+        """Starts the program, which must end by itself as one with a wrong setting does; returns what it said."""
+        self.start(wait=False)
+        status = self.wait_exit()
+        said, self._strange = "\n".join(self._strange), []
+        assert status == 2, f"exit status {status}:\n{said}\n{self.tail()}"
+        return said
+
     def wait_listening(self) -> None:
         """Until it has said its port."""
         listening: list[dict[str, Any]] = []

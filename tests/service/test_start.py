@@ -1,0 +1,146 @@
+"""What a start finds: etcd that is away or guarded, and a directory that does not belong to the records."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.client import Connection
+from tests.etcd_cluster import Certificates, EtcdCluster
+from tests.harness import Service, wait_for
+from tests.service.conftest import Settings, StartService, on_etcd
+from tests.service.test_faults import begin_upload
+
+MIB = 1 << 20
+PASSWORD = "s3cret-of-the-tests"
+LEFT_ALONE = "images without a record are left alone: the directory was not filled with these records"
+
+
+@pytest.fixture
+def own_etcd() -> Iterator[EtcdCluster]:
+    with contextlib.closing(EtcdCluster()) as cluster:
+        yield cluster
+
+
+def test_etcd_is_away(own_etcd: EtcdCluster, tmp_path: Path) -> None:
+    """The service starts, answers at once, says what it waits for, and is ready by itself once etcd is there."""
+    own_etcd.kill(0)
+    service = Service(tmp_path / "data", **on_etcd(own_etcd, "/test"))
+    service.start(wait=False)
+    with contextlib.closing(service):
+        service.wait_listening()
+        assert service.get("/healthz").status == 200
+        wait_for(lambda: "etcd at 127.0.0.1" in service.get("/readyz").message, 15, "/readyz names etcd")
+        for answer in (service.get("/readyz"), service.get("/images"), service.put(b"content")):
+            assert answer.status == 503
+        began = time.monotonic()
+        assert service.get("/images").status == 503
+        assert time.monotonic() - began < 1
+        own_etcd.start(0)
+        service.wait_ready()
+        assert service.upload(b"content")["status"] == "complete"
+    service.check_log()
+
+
+def test_a_start_without_etcd_can_be_ended(own_etcd: EtcdCluster, tmp_path: Path) -> None:
+    """SIGTERM ends it with exit status 0, long before systemd loses its patience."""
+    own_etcd.kill(0)
+    service = Service(tmp_path / "data", **on_etcd(own_etcd, "/test"))
+    service.start(wait=False)
+    service.wait_listening()
+    began = time.monotonic()
+    assert service.terminate() == 0
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("tls", [True, False])
+def test_a_guarded_etcd(start_service: StartService, tmp_path: Path, tls: bool) -> None:
+    """With a user and a password, and over TLS or not, hosts share records, and the log has no password."""
+    certificates = Certificates.make(tmp_path) if tls else None
+    with contextlib.closing(EtcdCluster(certificates=certificates, password=PASSWORD)) as cluster:
+        settings = on_etcd(cluster, "/test") | {
+            "metadata_store_config_user": "root",
+            "metadata_store_config_password": PASSWORD,
+        }
+        if certificates:
+            settings["metadata_store_config_cert"] = certificates.client_cert
+            settings["metadata_store_config_key"] = certificates.client_key
+            settings["metadata_store_config_ca_cert"] = certificates.ca
+        one, other = start_service(**settings), start_service(**settings)
+        image = one.upload(b"content")
+        assert other.images() == [image]
+        assert other.delete(image["id"]).status == 200
+        wait_for(lambda: one.stored() == set(), 10, "the bytes are gone")
+        for service in (one, other):
+            service.close()
+            assert PASSWORD not in service.tail()
+
+
+def test_a_wrong_password(tmp_path: Path) -> None:
+    """The service waits, and says that etcd refuses it; it does not say the password."""
+    with contextlib.closing(EtcdCluster(password=PASSWORD)) as cluster:
+        settings = {"metadata_store_config_user": "root", "metadata_store_config_password": "wr0ng-one"}
+        service = Service(tmp_path / "data", **on_etcd(cluster, "/test"), **settings)
+        service.start(wait=False)
+        with contextlib.closing(service):
+            service.wait_listening()
+            wait_for(lambda: "refused" in service.get("/readyz").message, 5, "/readyz says that etcd refuses")
+            assert service.get("/readyz").status == 503
+            assert "wr0ng-one" not in service.get("/readyz").message + service.tail()
+
+
+def test_the_images_are_not_mounted(start_service: StartService, records: Settings) -> None:
+    """A directory that is empty although this host is on record as holding images: the start is refused with a
+    sentence that names the directory, nothing is written there, and all is well once the images are back."""
+    service = start_service(**records)
+    image = service.upload(b"content")
+    service.terminate()
+    away = service.images_dir.rename(service.data_dir / "away")
+    service.images_dir.mkdir()
+    for _ in range(2):
+        assert f"imgsvc: {service.images_dir} is empty" in service.start_refused()
+        assert list(service.images_dir.iterdir()) == []
+    service.images_dir.rmdir()
+    away.rename(service.images_dir)
+    service.start()
+    assert service.images() == [image]
+    assert service.download(image["id"]).body == b"content"
+
+
+def test_with_other_records(start_service: StartService, records: Settings) -> None:
+    """A directory that was filled with other records: neither its images nor its unfinished uploads are touched, and
+    the log says so; new images come and go. With the right records all is as before."""
+    service = start_service(**records)
+    image = service.upload(b"content")
+    with Connection(service.port) as connection:
+        interrupted = begin_upload(service, connection, 2 * MIB, bytes(MIB))
+        service.kill()
+    right = service.settings
+    service.settings = right | other_records(service, records)
+    for _ in range(2):
+        service.expect_errors(LEFT_ALONE)
+        service.start()
+        assert service.images() == []
+        new = service.upload(b"new")
+        assert service.delete(new["id"]).status == 200
+        assert service.stored() == {image["id"]}
+        assert service.incoming() == {interrupted}
+        assert [line["count"] for line in service.events(LEFT_ALONE)][-1] == 2
+        service.terminate()
+    service.settings = right
+    service.start()
+    assert service.image(image["id"]) == image
+    assert service.download(image["id"]).body == b"content"
+    assert service.image(interrupted)["status"] == "error"
+    assert service.incoming() == set()
+
+
+def other_records(service: Service, records: Settings) -> Settings:
+    """Settings for an empty set of records of the same kind."""
+    if records:
+        return {"metadata_store_config_prefix": f"{records['metadata_store_config_prefix']}-other"}
+    return {"metadata_store_config_filename": service.data_dir / "other.db"}
