@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 from imgsvc.errors import NoSpace, Unavailable
-from imgsvc.images.store import ImageStore
+from imgsvc.images.store import ImageStore, ImageWriter
 from imgsvc.metadata.store import MetadataStore
 
 T = TypeVar("T")
@@ -27,12 +27,37 @@ UNKNOWN = Fault(Unavailable("the answer was lost"), applied=True)
 FULL = Fault(NoSpace("there is no space"))
 
 
+class Killed(BaseException):
+    """The process is dead: nothing that follows is done."""
+
+
+# What each call of a store may end with, as its protocol has it; the calls that are not here always succeed. A commit
+# that fails was not applied, and a claim or a writer that nobody got is the next start's business.
+FAULTS: dict[str, tuple[Fault, ...]] = {
+    "create": (LOST, UNKNOWN, FULL),
+    "update": (LOST, UNKNOWN, FULL),
+    "delete": (LOST, UNKNOWN),
+    "get": (LOST,),
+    "page": (LOST,),
+    "hold": (LOST, UNKNOWN),
+    "release": (LOST, UNKNOWN),
+    "holders": (LOST,),
+    "claim": (LOST, FULL),
+    "unclaim": (LOST, UNKNOWN),
+    "space": (LOST,),
+    "writer": (LOST, FULL),
+    "write": (LOST, FULL),
+    "commit": (LOST, FULL),
+}
+
+
 class Faults:
     """The calls so far, by name, and what becomes of the next ones: `plan` is asked before each call, with its number
-    and name, and may also do things in that gap."""
+    and name, and may also do things in that gap. `writers` are those that were given out."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.writers: list[ImageWriter] = []
         self.plan: Callable[[int, str], Fault | None] = _no_fault
         self._lock = threading.Lock()
 
@@ -48,6 +73,10 @@ class Faults:
     def always(self, *calls: str, fault: Fault = LOST) -> None:
         """From now on every call ends with the fault, or every one of these names."""
         self.plan = lambda _number, name: fault if not calls or name in calls else None
+
+    def kill(self, step: int, *, applied: bool) -> None:
+        """The process dies right after the call of this number, or right before it is applied."""
+        self.plan = lambda number, _name: None if number < step else Fault(Killed(), applied=applied and number == step)
 
     def heal(self) -> None:
         self.plan = _no_fault
@@ -84,11 +113,15 @@ class _Flaky:
         if not callable(attribute):
             return attribute
 
+        def apply(*args: Any, **kwargs: Any) -> Any:
+            result = attribute(*args, **kwargs)
+            if name == "writer":
+                self._faults.writers.append(result)
+                return _Flaky(result, self._faults)
+            return self._pages(result) if name in ("list", "survey") else result
+
         def call(*args: Any, **kwargs: Any) -> Any:
-            result = self._faults.perform(name, lambda: attribute(*args, **kwargs))
-            if name in ("list", "survey"):
-                return self._pages(result)
-            return _Flaky(result, self._faults) if name == "writer" else result
+            return self._faults.perform(name, lambda: apply(*args, **kwargs))
 
         return call
 

@@ -154,6 +154,15 @@ class TestAdmission:
         with pytest.raises(NoSpace):
             small.upload()
 
+    def test_the_reserve_holds_while_bytes_come(self, small: Rooms) -> None:
+        """A sender that did not announce ends at the reserve, although the disk would take more."""
+        put(small.disk, new_id(), bytes(500))
+        transfer = small.upload()
+        transfer.feed(bytes(400))
+        with pytest.raises(NoSpace):
+            transfer.feed(b"!")
+        assert small.disk.space().free == 100
+
     def test_a_transfer_that_ended_takes_no_space(self, small: Rooms) -> None:
         """What it announced and never sent can be promised to the next."""
         small.upload(700).abort(GONE)
