@@ -131,7 +131,7 @@ class Source:
             self._denied = str(ip)
             return pycurl.SOCKET_BAD
         self._heard = time.monotonic()
-        return socket.socket(family, kind, protocol)
+        return _Socket(family, kind, protocol)
 
     def _header(self, line: bytes) -> None:
         self._heard = time.monotonic()
@@ -186,6 +186,13 @@ class Source:
         if code == pycurl.E_COULDNT_CONNECT and self._denied is not None:
             raise FetchFailed(f"the source's address {self._denied} is in fetch.denyNetworks") from error
         raise FetchFailed(f"the source could not be fetched: {message} (curl {code})") from error
+
+
+class _Socket(socket.socket):
+    """pycurl goes on with a duplicate of the descriptor, and drops this one, which closes without a warning then."""
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class _Answer:
