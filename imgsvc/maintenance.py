@@ -107,7 +107,9 @@ class Maintenance:
                 self._lost(image, f"its file has {size} bytes, and the image {image.size}")
                 return
             if not entry.here:
-                self._records.hold(image.id)
+                # One that another member has deleted since is told of once the sweep is over.
+                with contextlib.suppress(NotFound):
+                    self._records.hold(image.id)
             if not image.sha256:
                 self._digests.submit(image.id)
         elif entry.here:
