@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -118,6 +119,14 @@ def report_now(transfer: Transfer) -> None:
     """As if enough time had passed since the last report."""
     transfer._reported -= REPORT_INTERVAL
     transfer.report()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    """For what happens in another thread."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
 
 
 class Place(Protocol):
