@@ -40,8 +40,6 @@ CLIENT_LEFT = 499
 _LENGTH = re.compile(r"[0-9]{1,100}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
-_WITH_BODY = ("PUT", "POST", "DELETE", "PATCH")
-
 Method = Callable[..., Awaitable[None] | None]
 
 log = structlog.get_logger()
@@ -52,7 +50,7 @@ class BaseHandler(RequestHandler):
     """Bodies are streamed to every handler, so that a refusal need not wait for a body that nobody wants.
 
     A subclass names the methods that it has in `allowed`, and overrides `accept_body` and `body_received` where a
-    body is more than a document. A method that may have a body begins with `if self.answered(): return`.
+    body is more than a document. A method is not called when its request was refused ahead of its body.
     """
 
     allowed: tuple[str, ...] = ()
@@ -68,7 +66,6 @@ class BaseHandler(RequestHandler):
         self._bytes_out = 0
         self._began = time.monotonic()
         self._heard: float | None = None
-        self._refusal: Exception | None = None
         self._answered = False
         self._left = False
         self._timer: asyncio.TimerHandle | None = None
@@ -92,12 +89,15 @@ class BaseHandler(RequestHandler):
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request=self.request_id)
         self.in_flight.add(self)
-        self._check_ready()
         if not self._has_body():
+            self._check_ready()
             return
+        name = str(self.request.method).lower()
+        setattr(self, name, self._after_body(getattr(self, name)))
         # What is too much is for `accept_body` and `body_received` to say, for Tornado's own limit says it by a reset.
         self._connection.set_max_body_size(sys.maxsize)
         try:
+            self._check_ready()
             self._check_method()
             await self.accept_body()
         except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer and not a reset
@@ -137,7 +137,7 @@ class BaseHandler(RequestHandler):
 
     async def data_received(self, chunk: bytes) -> None:
         self._bytes_in += len(chunk)
-        if self._answered or self._refusal is not None:
+        if self._answered:
             return
         self._heard = None
         try:
@@ -154,9 +154,9 @@ class BaseHandler(RequestHandler):
     async def refuse(self, error: Exception) -> None:
         """Answers with an error ahead of the body's end.
 
-        A small body is read out first, so that the connection can go on. A client that waits for 100 (Continue) gets
-        the answer instead (RFC 9110, section 10.1.1). From one that sends more is read, and dropped, for LINGER
-        seconds; then the connection closes.
+        A client that waits for 100 (Continue) gets the answer instead (RFC 9110, section 10.1.1). From one that sends
+        its body all the same, that is read and dropped, for LINGER seconds at most, so that the answer is not lost
+        by a reset; after a small body the connection goes on.
         """
         if self._answered or self._finished:
             return
@@ -165,36 +165,24 @@ class BaseHandler(RequestHandler):
         size = self._body_size()
         if waits or size is None or isinstance(error, IdleTimeout):
             await self._answer_and_close(error)
-        elif 0 <= size <= MAX_DOCUMENT and self.request.method in _WITH_BODY:
-            self._refusal = error
         else:
-            await self._answer_and_linger(error)
-
-    def answered(self) -> bool:
-        """Whether the request was refused ahead of its body: each method that may have one asks first. Raises what
-        it is refused with when that could wait for the body."""
-        self._stop_timer()
-        if self._refusal is not None:
-            raise self._refusal
-        return self._answered
+            await self._answer_and_linger(error, small=0 <= size <= MAX_DOCUMENT)
 
     async def drain(self) -> None:
         """Waits until what was written is on its way. Raises IdleTimeout when the client takes nothing for
         `idleTimeout`, StreamClosedError when it has left."""
         flushed = asyncio.ensure_future(self.flush())
         idle_timeout = self.context.settings.idle_timeout
-        while True:
-            taken = acknowledged(self._connection.stream)
-            done, _ = await asyncio.wait({flushed}, timeout=idle_timeout)
-            if done:
-                return flushed.result()
-            if acknowledged(self._connection.stream) == taken:
+        taken = acknowledged(self._connection.stream)
+        while not (await asyncio.wait({flushed}, timeout=idle_timeout))[0]:
+            before, taken = taken, acknowledged(self._connection.stream)
+            if taken == before:
                 flushed.cancel()
                 raise IdleTimeout(f"the client took nothing for {idle_timeout:g} seconds")
+        flushed.result()
 
     def _no_such_method(self, *_: str) -> None:
-        if not self.answered():
-            raise HTTPError(self.otherwise)
+        raise HTTPError(self.otherwise)
 
     get: Method = _no_such_method
     head: Method = _no_such_method
@@ -286,9 +274,9 @@ class BaseHandler(RequestHandler):
         except Invalid:
             return None
 
-    async def _answer_and_linger(self, error: Exception) -> None:
+    async def _answer_and_linger(self, error: Exception, *, small: bool) -> None:
         self._answered = True
-        self._write_error_document(error, Connection="close")
+        self._write_error_document(error, **({} if small else {"Connection": "close"}))
         self._start_timer(LULL, self._linger, time.monotonic() + LINGER, self._bytes_in)
         with contextlib.suppress(StreamClosedError):
             await self.flush()
@@ -311,6 +299,16 @@ class BaseHandler(RequestHandler):
     def _has_body(self) -> bool:
         headers = self.request.headers
         return headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in headers
+
+    def _after_body(self, method: Method) -> Method:
+        """What Tornado is to call in place of `method` when the body has come."""
+
+        async def call(*arguments: str) -> None:
+            self._stop_timer()
+            if not self._answered and (result := method(*arguments)) is not None:
+                await result
+
+        return call
 
     def _watch_silence(self) -> None:
         """Looks again when the sender could have been silent for too long. While we are busy, it is not its fault."""

@@ -68,8 +68,6 @@ class ImagesHandler(ImageAnswer):
 
     async def put(self) -> None:
         """Receives an upload, whose body has come by now."""
-        if self.answered():
-            return
         upload = self.upload or await self._begin_upload()
         try:
             self.write_image(await upload.finish())
@@ -79,8 +77,6 @@ class ImagesHandler(ImageAnswer):
 
     async def post(self) -> None:
         """Has a source fetched."""
-        if self.answered():
-            return
         source, image_type, comment = _fetch_request(bytes(self.body))
         service = self.context.service
         image = await self.context.records_pool.run(service.fetch, source, image_type, comment)
@@ -117,8 +113,7 @@ class ImageHandler(ImageAnswer):
     head = get
 
     async def delete(self, image_id: str) -> None:
-        if not self.answered():
-            self.write_image(await self.context.records_pool.run(self.context.service.delete, image_id))
+        self.write_image(await self.context.records_pool.run(self.context.service.delete, image_id))
 
 
 class DownloadHandler(BaseHandler):

@@ -45,9 +45,10 @@ class Upload:
         if asyncio.current_task() is not self._watch:
             self._watch.cancel()
         await self._pool.run(self._transfer.abort, reason)
-        if self._writing is not None:
-            await asyncio.wait({self._writing})
-            self._writing.exception()  # the reason is known; this one came after it
+        writing = self._writing  # which `finish` may await as well, and then forgets
+        if writing is not None:
+            await asyncio.wait({writing})
+            writing.exception()  # the reason is known; this one came after it
 
     async def _write(self) -> bool:
         """Hands the gathered bytes to the disk as soon as it has taken those before; False when none were left."""
