@@ -10,7 +10,7 @@ from imgsvc.errors import Unavailable
 from imgsvc.metadata.image import Image, ImageType, new_id
 from tests.flaky import LOST
 from tests.images.helpers import put
-from tests.rooms import Rooms, feed_and_finish
+from tests.rooms import Rooms, feed_and_finish, report_now
 
 BODY = b"the bytes of an image"
 
@@ -29,6 +29,7 @@ def interrupted(rooms: Rooms, *fed: bytes, source: str = "") -> Image:
         transfer.start(100)
     for block in fed:
         transfer.feed(block)
+        report_now(transfer)
     rooms.let_go()
     return transfer.image
 

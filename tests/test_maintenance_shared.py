@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -100,6 +100,14 @@ class TestHolders:
         assert records.get(image.id) == image
         assert records.holding == {image.id: {OTHER.id}}
 
+    def test_nobody_is_on_record(self, rooms: Rooms, records: SharedRecords) -> None:
+        """An image of which no member says that it holds it may be on one that has yet to start: it stays."""
+        image = complete(rooms)
+        rooms.disk.delete(image.id)
+        records.holding.clear()
+        rooms.maintenance.start_sweep()
+        assert records.get(image.id) == image
+
     def test_lost_here_and_held_elsewhere(self, rooms: Rooms, records: SharedRecords) -> None:
         """It stays complete, and this member says no longer that it holds it."""
         image = complete(rooms)
@@ -183,6 +191,11 @@ class Everything:
 
     def check(self) -> None:
         """All of it is settled."""
+        self.check_records()
+        assert set(self.rooms.disk.ids()) == {self.whole.id, self.brought.id}
+        assert content(self.rooms.disk, self.brought.id) == BODY
+
+    def check_records(self) -> None:
         for image in (self.upload, self.committed, self.lost):
             assert self.records.get(image.id).status is Status.ERROR
         for image in (self.whole, self.moved, self.brought):
@@ -190,8 +203,6 @@ class Everything:
         fetches = {self.fetch.id, self.committed_fetch.id}
         assert {self.records.get(image_id).status for image_id in fetches} == {Status.PENDING}
         assert self.rooms.claims() == fetches
-        assert set(self.rooms.disk.ids()) == {self.whole.id, self.brought.id}
-        assert content(self.rooms.disk, self.brought.id) == BODY
         member = self.rooms.disk.member
         assert self.records.holding[self.brought.id] == {member}
         assert self.records.holding[self.moved.id] == {OTHER.id}
@@ -201,14 +212,32 @@ class Everything:
         } == fetches  # a fetch that is no longer pending is skipped
 
 
+def swept(rooms: Rooms) -> bool:
+    """As a start has it: after these errors it tries again."""
+    try:
+        rooms.maintenance.start_sweep()
+    except (Unavailable, NoSpace):
+        return False
+    return True
+
+
 def sweep_calls() -> list[str]:
     everything = Everything()
     everything.rooms.maintenance.start_sweep()
-    everything.check()
     return everything.rooms.faults.calls
 
 
 STEPS = list(enumerate(sweep_calls()))
+
+
+def test_everything_at_once() -> None:
+    """One sweep settles all, and a second one finds nothing to do but the fetches."""
+    everything = Everything()
+    assert swept(everything.rooms)
+    everything.check()
+    everything.restart()
+    assert swept(everything.rooms)
+    everything.check()
 
 
 @pytest.mark.parametrize(
@@ -223,9 +252,11 @@ def test_a_step_that_fails(step: int, fault: Fault) -> None:
     """The sweep is run again, and then all is settled as if nothing had happened."""
     everything = Everything()
     everything.rooms.faults.plan = lambda number, _call: fault if number == step else None
-    with suppress(Unavailable, NoSpace):
-        everything.rooms.maintenance.start_sweep()
-    everything.rooms.maintenance.start_sweep()
+    assert swept(everything.rooms) or swept(everything.rooms)
+    everything.check_records()
+    # Bytes without a record that could not be removed wait for the next start.
+    everything.restart()
+    assert swept(everything.rooms)
     everything.check()
 
 
