@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -167,9 +169,15 @@ class TestUnmounted:
 
 
 class Everything:
-    """One of each thing that a sweep may find."""
+    """One of each thing that a sweep may find, with the same ids each time, so that each time it takes the same steps."""
 
     def __init__(self) -> None:
+        numbers = random.Random("everything")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=numbers.getrandbits(128), version=4))
+            self._leave()
+
+    def _leave(self) -> None:
         images = MemoryImageStore()
         self.records = SharedRecords(Member(images.member, SITE, ""))
         images.mark(self.records.identity)
