@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -74,6 +74,23 @@ def start_service(tmp_path: Path) -> Iterator[StartService]:
 def new_host(start_service: StartService, etcd: EtcdCluster, etcd_prefix: str) -> StartService:
     """Starts a host that shares its records with the others of the test, with these further settings."""
     return partial(start_service, **on_etcd(etcd, etcd_prefix))
+
+
+@contextmanager
+def two_hosts(
+    cluster: EtcdCluster, prefix: str, directories: pytest.TempPathFactory
+) -> Iterator[tuple[Service, Service]]:
+    """Two hosts that share their records, for more than one test."""
+    one, other = (Service(directories.mktemp(name), **on_etcd(cluster, prefix)) for name in ("one", "other"))
+    with one, other:
+        yield one, other
+
+
+@pytest.fixture
+def own_etcd() -> Iterator[EtcdCluster]:
+    """One member, to which the test may do what it likes."""
+    with closing(EtcdCluster()) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import os
 import signal
 import sqlite3
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -174,12 +173,6 @@ def test_not_ready_without_its_records(start_service: StartService) -> None:
         other.execute("ROLLBACK")
     assert service.get("/readyz").status == 200
     assert service.put(b"content").status == 200
-
-
-@pytest.fixture
-def own_etcd() -> Iterator[EtcdCluster]:
-    with contextlib.closing(EtcdCluster()) as cluster:
-        yield cluster
 
 
 def test_not_ready_without_etcd(start_service: StartService, own_etcd: EtcdCluster) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,12 +17,6 @@ from tests.service.test_faults import begin_upload
 MIB = 1 << 20
 PASSWORD = "s3cret-of-the-tests"
 LEFT_ALONE = "images without a record are left alone: the directory was not filled with these records"
-
-
-@pytest.fixture
-def own_etcd() -> Iterator[EtcdCluster]:
-    with contextlib.closing(EtcdCluster()) as cluster:
-        yield cluster
 
 
 def test_etcd_is_away(own_etcd: EtcdCluster, tmp_path: Path) -> None:
@@ -46,6 +39,7 @@ def test_etcd_is_away(own_etcd: EtcdCluster, tmp_path: Path) -> None:
     service.check_log()
 
 
+@pytest.mark.release
 def test_a_start_without_etcd_can_be_ended(own_etcd: EtcdCluster, tmp_path: Path) -> None:
     """SIGTERM ends it with exit status 0, long before systemd loses its patience."""
     own_etcd.kill(0)
