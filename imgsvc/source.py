@@ -98,10 +98,12 @@ class Source:
             curl.perform()
         except pycurl.error as error:
             if isinstance(self._error, _Redirected):
-                self._url = urljoin(self._url, self._error.location)
+                self._url = _resolved(self._url, self._error.location)
                 self._error = self._denied = None
                 return False
             self._explain(error)
+        if not self._begun:
+            raise FetchFailed("the source closed the connection in the middle of its headers")
         if self._answer.length != UNKNOWN_SIZE and self._received < self._answer.length:
             raise Incomplete(f"the source announced {self._answer.length} bytes and sent only {self._received}")
         return True
@@ -186,6 +188,14 @@ class Source:
         if code == pycurl.E_COULDNT_CONNECT and self._denied is not None:
             raise FetchFailed(f"the source's address {self._denied} is in fetch.denyNetworks") from error
         raise FetchFailed(f"the source could not be fetched: {message} (curl {code})") from error
+
+
+def _resolved(url: str, location: str) -> str:
+    """Where a redirect from the URL leads. Raises FetchFailed."""
+    try:
+        return urljoin(url, location)
+    except ValueError as error:
+        raise FetchFailed("the source redirected to what is no URL") from error
 
 
 class _Socket(socket.socket):
