@@ -1,0 +1,116 @@
+"""A peer that sends whatever bytes a test likes, and a sink that keeps what it gets."""
+
+from __future__ import annotations
+
+import select
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from imgsvc.settings import FetchSettings
+from imgsvc.source import Source
+
+
+@dataclass
+class Collected:
+    """A `Sink`. `raises` are errors by method; each piece takes `pause` seconds."""
+
+    raises: Mapping[str, Exception] = field(default_factory=dict)
+    pause: float = 0.0
+    begun: list[int] = field(default_factory=list)
+    body: bytearray = field(default_factory=bytearray)
+    ticks: list[float] = field(default_factory=list)
+    calls_after_error: int = -1
+
+    def begin(self, expected_size: int) -> None:
+        self.begun.append(expected_size)
+        self._called("begin")
+
+    def piece(self, data: bytes) -> None:
+        time.sleep(self.pause)
+        self.body += data
+        self._called("piece")
+
+    def tick(self) -> None:
+        self.ticks.append(time.monotonic())
+        self._called("tick")
+
+    def _called(self, method: str) -> None:
+        if self.calls_after_error >= 0 or method in self.raises:
+            self.calls_after_error += 1
+        if method in self.raises:
+            raise self.raises[method]
+
+
+def read(url: str, sink: Collected | None = None, **settings: Any) -> Collected:
+    """Reads the source, with these settings beside short ones that deny nothing; returns the sink."""
+    sink = sink or Collected()
+    usual: dict[str, Any] = {"connect_timeout": 5.0, "stall_timeout": 5.0, "deny_networks": ()}
+    Source(url, FetchSettings(**usual | settings), sink).read()
+    return sink
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a connection gets: `later` comes `pause` seconds after `first`; then it is closed, or waits for the other
+    side to close."""
+
+    first: bytes
+    later: bytes = b""
+    pause: float = 0.0
+    closes: bool = True
+
+
+class RawPeer:
+    """Listens on 127.0.0.1, over TLS where there is a context, and gives each connection the answer of that moment."""
+
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self.requests: list[bytes] = []
+        self._tls = tls
+        self._answer = Answer(b"")
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        return int(self._listener.getsockname()[1])
+
+    def answer(self, answer: Answer) -> str:
+        """From now on this is the answer; returns the URL."""
+        self._answer = answer
+        return f"{'http' if self._tls is None else 'https'}://127.0.0.1:{self.port}/image"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ending.set()
+        self._thread.join()
+        self._listener.close()
+
+    def _serve(self) -> None:
+        while not self._ending.is_set():
+            if select.select([self._listener], [], [], 0.05)[0]:
+                connection, _ = self._listener.accept()
+                with connection, suppress(OSError):
+                    self._talk(connection)
+
+    def _talk(self, connection: socket.socket) -> None:
+        connection.settimeout(5.0)
+        if self._tls is not None:
+            connection = self._tls.wrap_socket(connection, server_side=True)
+        with connection:
+            self.requests.append(connection.recv(65536))
+            connection.sendall(self._answer.first)
+            self._ending.wait(self._answer.pause)
+            connection.sendall(self._answer.later)
+            while not self._answer.closes and not self._ending.is_set():
+                if select.select([connection], [], [], 0.05)[0] and not connection.recv(65536):
+                    break
