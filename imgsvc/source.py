@@ -26,6 +26,7 @@ _GRACE = 1.0
 # A write callback that returns anything but the length it was given ends the transfer, as a progress callback does
 # that returns anything but 0.
 _ABORT = -1
+_LOOPBACK = {4: "127.0.0.1", 6: "::1"}
 _LENGTH = re.compile(r"[0-9]{1,18}")
 
 
@@ -129,6 +130,8 @@ class Source:
         ip = ip_address(name[0].partition("%")[0])
         if isinstance(ip, IPv6Address) and ip.ipv4_mapped is not None:
             ip = ip.ipv4_mapped
+        if ip.is_unspecified:  # where the kernel connects to this host
+            ip = ip_address(_LOOPBACK[ip.version])
         if any(ip in network for network in self._settings.deny_networks):
             self._denied = str(ip)
             return pycurl.SOCKET_BAD
