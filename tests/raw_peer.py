@@ -107,7 +107,10 @@ class RawPeer:
         if self._tls is not None:
             connection = self._tls.wrap_socket(connection, server_side=True)
         with connection:
-            self.requests.append(connection.recv(65536))
+            request = connection.recv(65536)
+            if not request:
+                return
+            self.requests.append(request)
             connection.sendall(self._answer.first)
             self._ending.wait(self._answer.pause)
             connection.sendall(self._answer.later)
