@@ -1,20 +1,27 @@
-"""A network that loses answers: between a client and a real server."""
+"""A network that loses answers and delays requests: between a client and a real server."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
 import threading
+import time
 import urllib.parse
+
+# Of what is held back, that which the client said for so many seconds arrives in the end; then it has given up.
+_KEPT_SECONDS = 0.25
 
 
 class LossyProxy:
-    """Carries bytes both ways, until `lose_answers`: from then on what the server says is thrown away."""
+    """Carries bytes both ways. After `lose_answers` what the server says is thrown away. After `delay` what the client
+    says is held back, from the first words that contain `words`, until `deliver`."""
 
     def __init__(self, url: str) -> None:
         parts = urllib.parse.urlsplit(url)
         self._server = (parts.hostname or "", parts.port or 0)
         self._losing = threading.Event()
+        self._words: bytes | None = None
+        self._held: list[tuple[float, socket.socket, bytes]] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._sockets: list[socket.socket] = [self._listener]
         self._threads: list[threading.Thread] = []
@@ -26,6 +33,17 @@ class LossyProxy:
 
     def lose_answers(self) -> None:
         self._losing.set()
+
+    def delay(self, words: bytes) -> None:
+        self._words = words
+
+    def deliver(self) -> None:
+        """The beginning of what was held back; the rest is lost, so that nobody hears that the client gave up."""
+        assert self._held, "nothing was held back"
+        first = self._held[0][0]
+        for moment, server, data in self._held:
+            if moment < first + _KEPT_SECONDS:
+                server.sendall(data)
 
     def close(self) -> None:
         for each in self._sockets:
@@ -42,15 +60,22 @@ class LossyProxy:
                 client, _ = self._listener.accept()
                 server = socket.create_connection(self._server)
                 self._sockets += [client, server]
-                self._start(self._carry, client, server, threading.Event())
-                self._start(self._carry, server, client, self._losing)
+                self._start(self._carry_requests, client, server)
+                self._start(self._carry_answers, server, client)
 
-    @staticmethod
-    def _carry(source: socket.socket, target: socket.socket, losing: threading.Event) -> None:
+    def _carry_requests(self, client: socket.socket, server: socket.socket) -> None:
         with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                if not losing.is_set():
-                    target.sendall(data)
+            while data := client.recv(65536):
+                if self._held or (self._words is not None and self._words in data):
+                    self._held.append((time.monotonic(), server, data))
+                else:
+                    server.sendall(data)
+
+    def _carry_answers(self, server: socket.socket, client: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := server.recv(65536):
+                if not self._losing.is_set():
+                    client.sendall(data)
 
     def _start(self, run: object, *arguments: object) -> None:
         thread = threading.Thread(target=run, args=arguments)  # type: ignore[arg-type]

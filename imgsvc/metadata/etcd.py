@@ -113,7 +113,7 @@ class EtcdMetadataStore:
             outcome = self._create(image, dangling)
             if outcome.succeeded:
                 return self._written(image, outcome.revision)
-            stored, claims = outcome.found
+            stored, claims, *_ = outcome.found
             if stored:
                 if stored[0].value == _document(image).encode():
                     return self._written(image, stored[0].modified)
@@ -146,7 +146,10 @@ class EtcdMetadataStore:
         raise Conflict(f"image {image.id} has changed since it was read")
 
     def delete(self, image_id: str) -> Image:
-        image, item = self._find(image_id)
+        try:
+            image, item = self._find(image_id)
+        except NotFound:
+            image, item = self._find_late(image_id)
         self._owned.pop(image_id, None)
         try:
             deleted = self._delete(image, item)
@@ -196,20 +199,26 @@ class EtcdMetadataStore:
 
     def _create(self, image: Image, dangling: KeyValue | None) -> Outcome:
         """The failure branch reads the record and the claim. `dangling` is a claim that was found to name an image
-        without a record; it is replaced."""
+        without a record; it is replaced.
+
+        First the owner, then the record if the owner is still that one: a request that was sent twice, because the
+        first got no answer, may arrive late, and must not bring back an image that was deleted meanwhile.
+        """
         record, claim = self._layout.record(image.id), self._layout.source(image.source)
-        comparisons = [created_at(record, 0)]
-        success = [put(record, _document(image))]
+        free, written, found = [created_at(record, 0)], [put(record, _document(image))], [read(record), read(claim)]
         if image.source:
-            comparisons.append(modified_at(claim, dangling.modified if dangling else 0))
-            success.append(put(claim, image.id))
+            free.append(modified_at(claim, dangling.modified if dangling else 0))
+            written.append(put(claim, image.id))
         if dangling:
-            comparisons.append(created_at(self._layout.record(dangling.text), 0))
-        return self._with_surroundings(
-            image,
-            lambda surroundings: self._etcd.transact(
-                comparisons, [*success, *surroundings], [read(record), read(claim)]
-            ),
+            free.append(created_at(self._layout.record(dangling.text), 0))
+        owner = self._layout.owner(image.id)
+        owned = self._with_owner(image.id, lambda owning: self._etcd.transact(free, [owning, read(owner)], found))
+        if not owned.succeeded:
+            return owned
+        return self._etcd.transact(
+            [*free, created_at(owner, owned.found[1][0].created)],
+            [*written, *([] if image.in_transfer else self._surroundings(image))],
+            [*found, when(created_at(record, 0), delete(owner))],
         )
 
     def _delete(self, image: Image, item: KeyValue) -> Sequence[KeyValue]:
@@ -232,16 +241,24 @@ class EtcdMetadataStore:
 
     def _with_surroundings(self, image: Image, write: Callable[[Sequence[Operation]], Outcome]) -> Outcome:
         """`write`, with the operations that give the image its owner or holder."""
+        if image.in_transfer:
+            return self._with_owner(image.id, lambda owning: write([owning]))
+        return write(self._surroundings(image))
+
+    def _surroundings(self, image: Image) -> Sequence[Operation]:
+        """Of an image that nobody transfers any more: who holds it."""
         owner, replicas = self._layout.owner(image.id), self._layout.replicas(image.id)
         if image.status is Status.COMPLETE:
-            return write([delete(owner), put(self._layout.replica(image.id, self._member.id), self._note())])
-        if not image.in_transfer:
-            return write([delete(owner), delete(replicas, end_of(replicas))])
-        lease = self._leases.lease()
+            return [delete(owner), put(self._layout.replica(image.id, self._member.id), self._note())]
+        return [delete(owner), delete(replicas, end_of(replicas))]
+
+    def _with_owner(self, image_id: str, write: Callable[[Operation], Outcome]) -> Outcome:
+        """`write`, with the operation that makes this member the image's owner."""
+        owner, lease = self._layout.owner(image_id), self._leases.lease()
         try:
-            return write([put(owner, self._member.id, lease)])
+            return write(put(owner, self._member.id, lease))
         except LeaseLost:
-            return write([put(owner, self._member.id, self._leases.lease(lost=lease))])
+            return write(put(owner, self._member.id, self._leases.lease(lost=lease)))
 
     def _written(self, image: Image, revision: int) -> Image:
         if image.in_transfer:
@@ -271,6 +288,12 @@ class EtcdMetadataStore:
             return self._image(items[0]), items[0]
         except ValueError as error:
             raise Unavailable(f"what etcd has at {items[0].key} is no image: {error}") from error
+
+    def _find_late(self, image_id: str) -> tuple[Image, KeyValue]:
+        """An image that was not there; a create of it that is still on its way stores nothing from now on."""
+        if is_id(image_id):
+            self._etcd.delete(self._layout.owner(image_id))
+        return self._find(image_id)
 
     def _image(self, item: KeyValue) -> Image:
         """Raises ValueError when the document is none, or another image's."""

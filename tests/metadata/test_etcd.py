@@ -408,6 +408,53 @@ class TestLostAnswers:
             unlucky.delete(created.id)
 
 
+class TestLateRequests:
+    """A request that got no answer is sent again, to another member; the first may still arrive, much later."""
+
+    @pytest.fixture
+    def proxy(self, etcd: EtcdCluster) -> Iterator[LossyProxy]:
+        with closing(LossyProxy(etcd.endpoints[0])) as proxy:
+            yield proxy
+
+    @pytest.mark.parametrize("words", [b"/image-sources/", b'"expected_size"'])
+    def test_create(self, etcd: EtcdCluster, etcd_prefix: str, proxy: LossyProxy, words: bytes) -> None:
+        """A create that arrives when its image has been deleted does not bring it back, whichever step of it is late."""
+        connection = Etcd([proxy.url, *etcd.endpoints], attempt_timeout=0.5)
+        with closing(OwnedEtcdStore(connection, etcd_prefix, new_member())) as store:
+            store.ping()
+            proxy.delay(words)
+            created = store.create(image(SOURCE))
+            store.delete(created.id)
+            proxy.deliver()
+            self.assert_stays_gone(store, created.id)
+
+    @pytest.mark.parametrize("words", [b"/image-sources/", b'"expected_size"'])
+    def test_an_abandoned_create(self, etcd: EtcdCluster, etcd_prefix: str, proxy: LossyProxy, words: bytes) -> None:
+        """The same of one that nobody answered, and whose image was then deleted although it was not there."""
+        member, abandoned = new_member(), image(SOURCE)
+        connection = Etcd([proxy.url], timeout=1, attempt_timeout=0.5)
+        with closing(OwnedEtcdStore(connection, etcd_prefix, member)) as cut_off:
+            cut_off.ping()
+            proxy.delay(words)
+            with pytest.raises(Unavailable):
+                cut_off.create(abandoned)
+            with closing(open_store(etcd.endpoints, etcd_prefix, member)) as store:
+                with pytest.raises(NotFound):
+                    store.delete(abandoned.id)
+                proxy.deliver()
+                self.assert_stays_gone(store, abandoned.id)
+
+    @staticmethod
+    def assert_stays_gone(store: OwnedEtcdStore, image_id: str) -> None:
+        time.sleep(0.5)
+        assert listed(store) == []
+        with pytest.raises(NotFound):
+            store.get(image_id)
+        with pytest.raises(NotFound):
+            store.get_by_source(SOURCE)
+        assert store.create(image(SOURCE)).source == SOURCE
+
+
 class TestFull:
     def test_deleting_from_a_full_cluster(self) -> None:
         """When etcd takes no more, writes raise NoSpace, reads go on, and images can be deleted with their claim."""
