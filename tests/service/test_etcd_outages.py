@@ -1,0 +1,169 @@
+"""Members of etcd are killed and frozen under two hosts at work: without one they go on, without two they say so, and
+afterwards everything works again by itself."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Self
+
+import pytest
+
+from tests.client import Answer, Connection
+from tests.etcd_cluster import EtcdCluster
+from tests.harness import Service, wait_for
+from tests.service.conftest import two_hosts
+from tests.service.test_faults import begin_upload
+from tests.source import Resource, Source
+
+MIB = 1 << 20
+# A request that meets a silent member may wait for it once, or for the election of a leader.
+GOES_ON = 5.0
+ANSWERS = 10.0
+
+Harm = Callable[[EtcdCluster, int], None]
+
+harms = pytest.mark.parametrize("harm", [EtcdCluster.kill, EtcdCluster.stop])
+
+
+@pytest.fixture(scope="module")
+def _hosts(_three_members: EtcdCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Service]]:
+    with two_hosts(_three_members, "/test-outages", tmp_path_factory) as hosts:
+        yield hosts
+
+
+@pytest.fixture
+def hosts(_hosts: tuple[Service, Service], etcd_cluster: EtcdCluster) -> Iterator[tuple[Service, Service]]:
+    """Two hosts on a cluster of three, which is whole at the beginning; their logs must stay clean."""
+    for service in _hosts:
+        wait_for(lambda service=service: service.get("/readyz").status == 200, 10, "ready")  # type: ignore[misc]
+    yield _hosts
+    for service in _hosts:
+        service.check_log()
+
+
+@contextmanager
+def within(seconds: float, what: str) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    assert time.monotonic() - began < seconds, what
+
+
+class InFlight:
+    """An upload and a fetch under way; a context manager that ends the upload's connection."""
+
+    def __init__(self, service: Service, source: Source) -> None:
+        self._service = service
+        self._source = source
+        self.content = os.urandom(2 * MIB)
+        self.path = f"/{time.monotonic_ns()}"
+        self.resource = Resource(self.content, stall_after=MIB)
+        self.fetched = service.fetch(source.serve(self.path, self.resource))["id"]
+        self.connection = Connection(service.port, timeout=30)
+        self.uploaded = begin_upload(service, self.connection, 2 * MIB, self.content[:MIB])
+        service.wait_status(self.fetched, "downloading")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.connection.close()
+
+    def send_the_rest(self) -> None:
+        self.resource.resume()
+        self.connection.send(self.content[MIB:])
+
+    def assert_complete(self) -> None:
+        for image_id in (self.fetched, self.uploaded):
+            self._service.wait_status(image_id, "complete")
+            assert self._service.download(image_id).body == self.content
+        assert len(self._source.asked(self.path)) == 1
+        wait_for(lambda: self._service.incoming() == set(), GOES_ON, ".incoming is empty")
+
+
+def assert_works(service: Service, source: Source) -> None:
+    """All that can be asked of it, each within seconds."""
+    with within(GOES_ON, "upload"):
+        uploaded = service.upload(b"content")["id"]
+    with within(GOES_ON, "fetch"):
+        fetched = service.fetch(source.serve(f"/{uploaded}", b"content"))["id"]
+        service.wait_status(fetched, "complete")
+    with within(GOES_ON, "list"):
+        assert {uploaded, fetched} <= {image["id"] for image in service.images()}
+    with within(GOES_ON, "download"):
+        assert service.download(fetched).body == b"content"
+    with within(GOES_ON, "delete"):
+        assert service.delete(uploaded).status == 200
+
+
+@harms
+def test_one_member_of_three_is_lost(
+    hosts: tuple[Service, Service], etcd_cluster: EtcdCluster, source: Source, harm: Harm
+) -> None:
+    """Whichever it is, the leader included: requests go on within a few seconds, and transfers as if nothing were."""
+    for victim in range(3):
+        with InFlight(hosts[0], source) as one, InFlight(hosts[1], source) as other:
+            harm(etcd_cluster, victim)
+            for service, transfer in zip(hosts, (one, other), strict=True):
+                assert_works(service, source)
+                transfer.send_the_rest()
+                with within(GOES_ON, "the end of an upload"):
+                    assert transfer.connection.answer().status == 200
+                transfer.assert_complete()
+        etcd_cluster.restore()
+    assert_settled(hosts)
+
+
+@harms
+def test_two_members_of_three_are_lost(
+    hosts: tuple[Service, Service], etcd_cluster: EtcdCluster, source: Source, harm: Harm
+) -> None:
+    """Each request is answered with 503 within ten seconds, however many there are. What was under way is kept: once
+    etcd is back, it is complete by itself, and everything works again."""
+    one, other = hosts
+    image = one.upload(b"before")
+    with InFlight(one, source) as transfer:
+        leader = etcd_cluster.leader()
+        for victim in (leader, (leader + 1) % 3):
+            harm(etcd_cluster, victim)
+        transfer.send_the_rest()
+        requests: list[Callable[[], Answer]] = [
+            *[lambda: one.put(b"meanwhile")] * 40,
+            lambda: one.post({"source": source.serve("/meanwhile", b""), "type": "kvm"}),
+            lambda: other.delete(image["id"]),
+            lambda: other.get("/images"),
+            lambda: other.get(f"/images/{image['id']}"),
+            lambda: other.download(image["id"]),
+            lambda: other.get("/readyz"),
+            transfer.connection.answer,
+        ]
+        with ThreadPoolExecutor(len(requests)) as pool:
+            answers = list(pool.map(timed, requests))
+    assert {answer.status for answer, _ in answers} == {503}
+    assert max(seconds for _, seconds in answers) < ANSWERS, sorted(seconds for _, seconds in answers)
+    assert one.get("/healthz").status == 200
+
+    etcd_cluster.restore()
+    for service in hosts:
+        wait_for(lambda service=service: service.get("/readyz").status == 200, ANSWERS, "ready again")  # type: ignore[misc]
+        assert_works(service, source)
+    transfer.assert_complete()
+    assert one.image(image["id"]) == image
+    assert other.delete(image["id"]).status == 200
+    wait_for(lambda: image["id"] not in one.stored(), ANSWERS, "the bytes are gone")
+    assert_settled(hosts)
+
+
+def assert_settled(hosts: Sequence[Service]) -> None:
+    """Of what was refused nothing is left: every record is of a complete image, which one of the hosts has."""
+    records = {image["id"]: image for image in hosts[0].images()}
+    assert [image for image in records.values() if image["status"] != "complete"] == []
+    assert set().union(*(service.stored() for service in hosts)) == set(records)
+
+
+def timed(request: Callable[[], Answer]) -> tuple[Answer, float]:
+    began = time.monotonic()
+    return request(), time.monotonic() - began
