@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 import structlog
 
 from imgsvc import __version__
+from imgsvc.deadline import time_left
 from imgsvc.errors import ImgsvcError, Unavailable
 from imgsvc.etcd import Etcd, LeaseLost
 from imgsvc.etcd_layout import Layout
@@ -73,7 +74,9 @@ class Membership:
             if lost is not None and lost == self._lease:
                 self._trusted_until = 0.0
                 self._wake.set()
-            self._changed.wait_for(lambda: self._stop.is_set() or self.lease_id not in (None, lost), _PATIENCE_SECONDS)
+            self._changed.wait_for(
+                lambda: self._stop.is_set() or self.lease_id not in (None, lost), time_left(_PATIENCE_SECONDS)
+            )
             lease = self.lease_id
         if lease is None or lease == lost:
             raise Unavailable(f"this host has no lease now: {self._trouble or f'{self._etcd} has not answered yet'}")

@@ -30,6 +30,9 @@ from imgsvc.settings import MetadataStoreSettings, Settings
 from imgsvc.settlements import Settlements
 from imgsvc.transfers import Transfers
 
+# Within which a request gets its answer although a store hangs: soon enough for one that promises it within ten.
+_ANSWER_SECONDS = 8.0
+
 
 class _Closable(Protocol):
     def close(self) -> None: ...
@@ -53,7 +56,8 @@ class Context:
         self._settled = threading.Event()
         self._closing = False
         with contextlib.ExitStack() as opened:
-            self.records_pool = _opened(opened, Pool("records", 16, patience=1.5))
+            self.records_pool = _opened(opened, Pool("records", 16, patience=1.5, limit=_ANSWER_SECONDS))
+            self.ends_pool = _opened(opened, Pool("ends", 16, limit=_ANSWER_SECONDS))
             self.reads_pool = _opened(opened, Pool("reads", 8))
             self.bytes_pool = _opened(opened, Pool("bytes", 8))
             self.health_pool = _opened(opened, Pool("health", 2))

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from imgsvc.deadline import time_left
 from imgsvc.errors import ConfigError, ImgsvcError, NoSpace, Unavailable
 from imgsvc.etcd_messages import (
     Comparison,
@@ -251,7 +252,7 @@ class Etcd:
             endpoint.client.close()
 
     def _call(self, attempt: Callable[..., _T], timeout: float | None) -> _T:
-        total = self._timeout if timeout is None else timeout
+        total = time_left(self._timeout if timeout is None else timeout)
         deadline = time.monotonic() + total
         # Half of a short time-out is left for another endpoint.
         longest = min(self._attempt_timeout, total / 2)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
+from imgsvc.deadline import set_deadline
 from imgsvc.errors import Unavailable
 
 P = ParamSpec("P")
@@ -20,11 +21,13 @@ class Pool:
     """`size` threads for one kind of work, so that no kind can starve another.
 
     With `patience`, in seconds, work that had to wait longer for a thread is not begun: when a store hangs, those who
-    queue behind it are told at once, and not each after the other.
+    queue behind it are told at once, and not each after the other. With `limit`, in seconds, what waits for a store
+    that may hang gives up by then, counted from when it was asked for.
     """
 
-    def __init__(self, name: str, size: int, patience: float = math.inf) -> None:
+    def __init__(self, name: str, size: int, patience: float = math.inf, limit: float = math.inf) -> None:
         self._patience = patience
+        self._limit = limit
         self._executor = ThreadPoolExecutor(size, thread_name_prefix=name)
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -32,7 +35,9 @@ class Pool:
         carry the request id. A cancelled caller does not stop the function. Raises Unavailable when patience ran out.
         """
         context = contextvars.copy_context()
-        latest = time.monotonic() + self._patience
+        now = time.monotonic()
+        context.run(set_deadline, now + self._limit)
+        latest = now + self._patience
 
         def call() -> T:
             if time.monotonic() > latest:

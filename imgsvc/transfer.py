@@ -36,7 +36,7 @@ class Kind(StrEnum):
 class Transfer:
     """One image on its way in, driven by one owner: a request or a fetch thread.
 
-    The owner calls `feed`, and then `finish`, or at any point `abort` or `suspend`, one call at a time. `cancel` and
+    The owner calls `feed`, and then `finish` (or its two steps), or at any point `abort` or `suspend`, one call at a time. `cancel` and
     `report` may be called by anybody at any time. Every method may block.
     """
 
@@ -103,11 +103,13 @@ class Transfer:
             self.size = size
 
     def finish(self) -> Image:
-        """All bytes were fed: puts the image on the disk for good, and returns it once its record says so.
+        """All bytes were fed: `commit`, and then `complete`."""
+        self.commit()
+        return self.complete()
 
-        Raises as `feed` does, and Incomplete when bytes are missing; the owner then calls `abort`. After Unavailable
-        or NoSpace from the metadata store the image is whole, and its record follows as soon as it can.
-        """
+    def commit(self) -> None:
+        """Puts the image on the disk for good. Raises as `feed` does, and Incomplete when bytes are missing; the owner
+        then calls `abort`, and else `complete`."""
         with self._bytes:
             self._check_running()
             expected = self.image.expected_size
@@ -115,6 +117,13 @@ class Transfer:
                 raise Incomplete(f"{expected} bytes were announced, and only {self.size} came")
             self._writer.commit()
             self._over = True
+
+    def complete(self) -> Image:
+        """Returns the committed image once its record says that it is complete.
+
+        Raises Conflict when it was deleted meanwhile. After Unavailable or NoSpace the image is whole, and its record
+        follows as soon as it can.
+        """
         try:
             with self._record:
                 self.image = self._settlements.complete(self.image, self.size, self._digest.hexdigest())

@@ -89,7 +89,7 @@ class ImagesHandler(ImageAnswer):
         comment = headers.get("X-Image-Comment", "").encode("latin-1", "replace").decode("utf-8", "replace")
         service = self.context.service
         transfer = await self.context.records_pool.run(service.upload, image_type, comment, self.announced_length())
-        upload = Upload(transfer, self.context.bytes_pool, self.give_up)
+        upload = Upload(transfer, self.context.bytes_pool, self.context.ends_pool, self.give_up)
         if self._connection.stream.closed():
             await upload.abort(Incomplete("the sender went away before the first byte"))
         self.upload = upload

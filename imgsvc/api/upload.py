@@ -19,9 +19,12 @@ class Upload:
     that was deleted, a disk that failed the last block of a sender that pauses.
     """
 
-    def __init__(self, transfer: Transfer, pool: Pool, give_up: Callable[[Exception], Awaitable[None]]) -> None:
+    def __init__(
+        self, transfer: Transfer, disk: Pool, records: Pool, give_up: Callable[[Exception], Awaitable[None]]
+    ) -> None:
         self._transfer = transfer
-        self._pool = pool
+        self._disk = disk
+        self._records = records
         self._blocks = Blocks()
         self._in_order = asyncio.Lock()
         self._writing: asyncio.Future[None] | None = None
@@ -38,13 +41,14 @@ class Upload:
         self._watch.cancel()
         while await self._write():
             pass
-        return await self._pool.run(self._transfer.finish)
+        await self._disk.run(self._transfer.commit)
+        return await self._records.run(self._transfer.complete)
 
     async def abort(self, reason: ImgsvcError) -> None:
         """Ends the upload, unless it has ended: no bytes are kept, and the record gives the reason."""
         if asyncio.current_task() is not self._watch:
             self._watch.cancel()
-        await self._pool.run(self._transfer.abort, reason)
+        await self._records.run(self._transfer.abort, reason)
         writing = self._writing  # which `finish` may await as well, and then forgets
         if writing is not None:
             await asyncio.wait({writing})
@@ -58,7 +62,7 @@ class Upload:
                 self._writing = None
             block = self._blocks.take()
             if block:
-                self._writing = asyncio.ensure_future(self._pool.run(self._transfer.feed, block))
+                self._writing = asyncio.ensure_future(self._disk.run(self._transfer.feed, block))
             return bool(block)
 
     async def _watch_transfer(self, give_up: Callable[[Exception], Awaitable[None]]) -> None:
