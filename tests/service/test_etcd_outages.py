@@ -12,6 +12,7 @@ from typing import Self
 
 import pytest
 
+from imgsvc.metadata.image import new_id
 from tests.client import Answer, Connection
 from tests.etcd_cluster import EtcdCluster
 from tests.harness import Service, wait_for
@@ -25,8 +26,6 @@ GOES_ON = 5.0
 ANSWERS = 10.0
 
 Harm = Callable[[EtcdCluster, int], None]
-
-harms = pytest.mark.parametrize("harm", [EtcdCluster.kill, EtcdCluster.stop])
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +98,7 @@ def assert_works(service: Service, source: Source) -> None:
         assert service.delete(uploaded).status == 200
 
 
-@harms
+@pytest.mark.parametrize("harm", [EtcdCluster.kill, EtcdCluster.stop])
 def test_one_member_of_three_is_lost(
     hosts: tuple[Service, Service], etcd_cluster: EtcdCluster, source: Source, harm: Harm
 ) -> None:
@@ -117,33 +116,36 @@ def test_one_member_of_three_is_lost(
     assert_settled(hosts)
 
 
-@harms
+@pytest.mark.parametrize("harm", [EtcdCluster.kill, pytest.param(EtcdCluster.stop, marks=pytest.mark.release)])
 def test_two_members_of_three_are_lost(
     hosts: tuple[Service, Service], etcd_cluster: EtcdCluster, source: Source, harm: Harm
 ) -> None:
-    """Each request is answered with 503 within ten seconds, however many there are. What was under way is kept: once
-    etcd is back, it is complete by itself, and everything works again."""
+    """Each request is answered within ten seconds, however many there are, from the first that meets the outage on: with
+    503. What was under way is kept: once etcd is back, it is complete by itself, and everything works again."""
     one, other = hosts
     image = one.upload(b"before")
-    with InFlight(one, source) as transfer:
+    meanwhile = {"source": source.serve("/meanwhile", b"meanwhile"), "type": "kvm"}
+    requests: list[Callable[[], Answer]] = [
+        *[lambda: one.put(b"meanwhile")] * 40,
+        lambda: one.post(meanwhile),
+        lambda: one.post({**meanwhile, "source": source.serve(f"/{new_id()}", b"another")}),
+        lambda: other.delete(new_id()),
+        lambda: other.get("/images"),
+        lambda: other.get(f"/images/{image['id']}"),
+        lambda: other.download(image["id"]),
+        lambda: other.get("/readyz"),
+    ]
+    with ThreadPoolExecutor(len(requests)) as pool, InFlight(one, source) as transfer:
         leader = etcd_cluster.leader()
+        asking = [pool.submit(ask_until_refused, request) for request in requests]
+        time.sleep(0.3)
         for victim in (leader, (leader + 1) % 3):
             harm(etcd_cluster, victim)
         transfer.send_the_rest()
-        requests: list[Callable[[], Answer]] = [
-            *[lambda: one.put(b"meanwhile")] * 40,
-            lambda: one.post({"source": source.serve("/meanwhile", b""), "type": "kvm"}),
-            lambda: other.delete(image["id"]),
-            lambda: other.get("/images"),
-            lambda: other.get(f"/images/{image['id']}"),
-            lambda: other.download(image["id"]),
-            lambda: other.get("/readyz"),
-            transfer.connection.answer,
-        ]
-        with ThreadPoolExecutor(len(requests)) as pool:
-            answers = list(pool.map(timed, requests))
-    assert {answer.status for answer, _ in answers} == {503}
-    assert max(seconds for _, seconds in answers) < ANSWERS, sorted(seconds for _, seconds in answers)
+        with within(ANSWERS, "the end of an upload"):
+            assert transfer.connection.answer().status == 503
+        slowest = [one.result() for one in asking]
+    assert max(slowest) < ANSWERS, slowest
     assert one.get("/healthz").status == 200
 
     etcd_cluster.restore()
@@ -158,12 +160,20 @@ def test_two_members_of_three_are_lost(
 
 
 def assert_settled(hosts: Sequence[Service]) -> None:
-    """Of what was refused nothing is left: every record is of a complete image, which one of the hosts has."""
-    records = {image["id"]: image for image in hosts[0].images()}
-    assert [image for image in records.values() if image["status"] != "complete"] == []
-    assert set().union(*(service.stored() for service in hosts)) == set(records)
+    """Of what was refused nothing is left: every record is of a complete image, which one of the hosts has; only a fetch
+    that was about to begin may have failed, and says so."""
+    images = hosts[0].images()
+    complete = {image["id"] for image in images if image["status"] == "complete"}
+    for image in images:
+        assert image["id"] in complete or (image["source"] and "etcd" in image["error"]), image
+    assert set().union(*(service.stored() for service in hosts)) == complete
 
 
-def timed(request: Callable[[], Answer]) -> tuple[Answer, float]:
-    began = time.monotonic()
-    return request(), time.monotonic() - began
+def ask_until_refused(request: Callable[[], Answer]) -> float:
+    """Seconds that the slowest answer took, up to the first that is 503."""
+    slowest, status = 0.0, 200
+    while status != 503:
+        began = time.monotonic()
+        status = request().status
+        slowest = max(slowest, time.monotonic() - began)
+    return slowest
