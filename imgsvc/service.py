@@ -88,6 +88,8 @@ class ImageService:
             self._images.delete(image_id)
             if not self._transfers.is_known(image_id):
                 self._images.unclaim(image_id)
+        except Conflict:
+            pass  # a fetch that begins at this very moment: it finds no record, and takes its claim with it
         except ImgsvcError as error:
             log.error("bytes of a deleted image are left", image=image_id, reason=str(error))
 
