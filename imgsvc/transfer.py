@@ -83,9 +83,15 @@ class Transfer:
 
     def start(self, expected_size: int) -> None:
         """The source has answered, and announced `expected_size` bytes or UNKNOWN_SIZE: the record says
-        `downloading`. Raises NotFound when it is gone."""
+        `downloading`, now or, when its store does not answer, with the first progress that it takes. Raises NotFound
+        when it is gone, Conflict when somebody has ended it, NoSpace."""
         with self._record:
-            self.image = self._settlements.write(self.image.started(expected_size))
+            started = self.image.started(expected_size)
+            try:
+                self.image = self._settlements.write(started)
+            except Unavailable as error:
+                log.info("start not recorded yet", image=self.image.id, reason=str(error))
+                self.image = started
 
     def feed(self, block: bytes | bytearray) -> None:
         """Takes the next bytes. Raises TooLarge, NoSpace, Incomplete (more than announced), Unavailable, or what

@@ -24,7 +24,7 @@ from imgsvc.metadata.image import UNKNOWN_SIZE, ImageType, Status
 from imgsvc.metadata.memory import MemoryMetadataStore
 from imgsvc.metadata.store import Member
 from imgsvc.transfer import Transfer
-from tests.flaky import FULL, LOST, Fault
+from tests.flaky import FULL, LOST, UNKNOWN, Fault
 from tests.images.helpers import content
 from tests.rooms import SITE, Rooms, feed_and_finish, report_now
 
@@ -290,6 +290,21 @@ class TestEnds:
         transfer.abort(GONE)
         assert transfer.missing == 0
         assert rooms.upload().missing == 0
+
+
+@pytest.mark.parametrize("fault", [LOST, UNKNOWN])
+def test_a_start_that_nobody_records(rooms: Rooms, fault: Fault) -> None:
+    """A metadata store that is away when the source answers costs nothing: the record follows with the progress."""
+    transfer = rooms.fetch()
+    rooms.faults.next("update", fault)
+    transfer.start(5)
+    transfer.feed(b"by")
+    report_now(transfer)
+    image = rooms.base.get(transfer.image.id)
+    assert (image.status, image.size, image.expected_size) == (Status.DOWNLOADING, 2, 5)
+    transfer.feed(b"tes")
+    assert transfer.finish().status is Status.COMPLETE
+    rooms.check_settled()
 
 
 def test_a_deleted_record_cannot_be_started(rooms: Rooms) -> None:
