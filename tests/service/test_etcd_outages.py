@@ -17,7 +17,7 @@ from tests.client import Answer, Connection
 from tests.etcd_cluster import EtcdCluster
 from tests.harness import Service, wait_for
 from tests.service.conftest import two_hosts
-from tests.service.test_faults import begin_upload
+from tests.service.test_faults import begin_upload, post_at_once
 from tests.source import Resource, Source
 
 MIB = 1 << 20
@@ -83,6 +83,15 @@ class InFlight:
         wait_for(lambda: self._service.incoming() == set(), GOES_ON, ".incoming is empty")
 
 
+def assert_one_fetch(hosts: Sequence[Service], source: Source) -> None:
+    """Of 32 POSTs of a source at once all get one image, and the source is asked once."""
+    path = f"/{new_id()}"
+    images = post_at_once(list(hosts), source.serve(path, b"content"))
+    assert len({image["id"] for image in images}) == 1
+    hosts[0].wait_status(images[0]["id"], "complete")
+    assert len(source.asked(path)) == 1
+
+
 def assert_works(service: Service, source: Source) -> None:
     """All that can be asked of it, each within seconds."""
     with within(GOES_ON, "upload"):
@@ -106,6 +115,7 @@ def test_one_member_of_three_is_lost(
     for victim in range(3):
         with InFlight(hosts[0], source) as one, InFlight(hosts[1], source) as other:
             harm(etcd_cluster, victim)
+            assert_one_fetch(hosts, source)
             for service, transfer in zip(hosts, (one, other), strict=True):
                 assert_works(service, source)
                 transfer.send_the_rest()
