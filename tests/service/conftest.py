@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -74,6 +75,14 @@ def start_service(tmp_path: Path) -> Iterator[StartService]:
 def new_host(start_service: StartService, etcd: EtcdCluster, etcd_prefix: str) -> StartService:
     """Starts a host that shares its records with the others of the test, with these further settings."""
     return partial(start_service, **on_etcd(etcd, etcd_prefix))
+
+
+@pytest.fixture
+def seed() -> int:
+    """Of the moments of the kills; a test that fails shows it."""
+    seed = random.randrange(1 << 32)
+    print("seed", seed)  # noqa: T201 - pytest keeps it for when the test fails
+    return seed
 
 
 @contextmanager

@@ -33,6 +33,8 @@ class Clients:
         self.fetched: dict[str, str] = {}
         self.offered: dict[str, str] = {}
         self.deleted: set[str] = set()
+        # Seconds that an answer took.
+        self.slowest = 0.0
         self._unsure: set[str] = set()
         self._source = source
         self._chance = chance
@@ -67,10 +69,12 @@ class Clients:
 
     def _work(self) -> None:
         while not self._over.is_set():
+            began = time.monotonic()
             try:
                 self._step()()
-            except (OSError, http.client.HTTPException):
-                pass  # the service was killed
+                self.slowest = max(self.slowest, time.monotonic() - began)
+            except (ConnectionError, http.client.HTTPException):
+                time.sleep(0.01)  # the service was killed
             except BaseException as error:  # noqa: BLE001 - raised again in the test's own thread
                 self._unexpected.append(error)
                 return

@@ -28,14 +28,6 @@ kills = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture
-def seed() -> int:
-    """Of the moments of the kills; a test that fails shows it."""
-    seed = random.randrange(1 << 32)
-    print("seed", seed)  # noqa: T201 - pytest keeps it for when the test fails
-    return seed
-
-
 class Bystander:
     """Another host that shares the records, with an upload and a fetch under way until `finish`."""
 
