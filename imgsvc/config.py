@@ -204,12 +204,16 @@ def _check_image_store(settings: Settings, name: Callable[[str], str]) -> None:
     store = settings.image_store
     if store.type == "fs":
         _check_place(store.directory, "imageStoreConfig.dir", settings.data_dir, name)
+        if store.directory.exists() and not store.directory.is_dir():
+            raise ConfigError(f"{name('imageStoreConfig.dir')} is {store.directory}, which is no directory")
 
 
 def _check_metadata_store(settings: Settings, name: Callable[[str], str]) -> None:
     store = settings.metadata_store
     if store.type in ("sqlite", "kvite"):
         _check_place(store.filename, "metadataStoreConfig.filename", settings.data_dir, name)
+        if store.filename.is_dir():
+            raise ConfigError(f"{name('metadataStoreConfig.filename')} is {store.filename}, which is a directory")
     if store.type == "kvite" and not store.table:
         raise ConfigError(f"{name('metadataStoreConfig.table')} must name the table in the Go program's file")
     if store.type == "etcd":
@@ -232,6 +236,9 @@ def _check_etcd(store: MetadataStoreSettings, name: Callable[[str], str]) -> Non
     for key, file in tls.items():
         if file is None and any(tls.values()):
             raise ConfigError(f"{name(f'metadataStoreConfig.{key}')} is missing: cert, key and caCert go together")
+    if not store.machines:
+        raise ConfigError(f"{name('metadataStoreConfig.machines')} must name a member of etcd")
+    for key, file in tls.items():
         if file is not None:
             _check_readable(file, name(f"metadataStoreConfig.{key}"))
     scheme = "https" if store.cert else "http"

@@ -61,8 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     check = actions.add_parser(
         "check",
         help="say whether the service would start with a config file",
-        description="Read a config file as `imgsvc serve -c FILE` would, without environment variables, and look for"
-        " the files and directories that it names. Exit status: 0 or 1.",
+        description="Read a config file and the environment as `imgsvc serve -c FILE` would, and look for the files"
+        " and directories that they name. Exit status: 0 or 1.",
         allow_abbrev=False,
     )
     check.add_argument("file", metavar="FILE", type=Path, help="TOML or JSON")
@@ -106,7 +106,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     try:
-        config.load(options.file, flags={}, environ={})
+        config.load(options.file, flags={}, environ=os.environ)
     except ConfigError as error:
         return _complain(error, status=1)
     print(f"{options.file}: ok")  # noqa: T201 - the answer

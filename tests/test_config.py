@@ -549,3 +549,17 @@ def test_a_config_file_without_permission_is_named(toml: Write) -> None:
     file.chmod(0)
 
     assert refused(file) == f"the config file {file} cannot be read: Permission denied"
+
+
+def test_what_a_store_needs_is_named(tmp_path: Path) -> None:
+    """A file in a directory's place, a directory in a file's, and no member of etcd: each by its key and variable."""
+    file = tmp_path / "file"
+    file.touch()
+    for variable, value in (
+        ("IMGSVC_IMAGE_STORE_CONFIG_DIR", str(file)),
+        ("IMGSVC_METADATA_STORE_CONFIG_FILENAME", str(tmp_path)),
+    ):
+        assert refused(None, **{variable: value}).startswith(f"{variable} in the environment is {value}, which is")
+    configuration = tmp_path / "config.json"
+    configuration.write_text('{"metadataStoreType": "etcd", "metadataStoreConfig": {"machines": []}}')
+    assert refused(configuration).startswith(f"metadataStoreConfig.machines in {configuration} must name")

@@ -121,10 +121,11 @@ def test_check_says_what_is_wrong() -> None:
     assert done.stderr == "imgsvc: host in bad.toml must be a string, not 2\n"
 
 
-def test_check_looks_at_the_file_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    Path("good.toml").write_text("port = 1\n")
-    monkeypatch.setenv("IMGSVC_PORT", "no port")
-
+def test_check_looks_at_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the service does, for a password is better kept there than in the file."""
+    Path("good.toml").write_text('metadataStoreType = "etcd"\n[metadataStoreConfig]\nuser = "guest"\n')
+    assert cli("config", "check", "good.toml").returncode == 1
+    monkeypatch.setenv("IMGSVC_METADATA_STORE_CONFIG_PASSWORD", "secret")
     assert cli("config", "check", "good.toml").returncode == 0
 
 

@@ -194,7 +194,11 @@ class BaseHandler(RequestHandler):
 
     async def stop(self) -> None:
         """Ends the request before its time, leaving nothing half behind."""
-        await self.abandon_body(Stopping("the service is stopping"))
+        stopping = Stopping("the service is stopping")
+        if self._heard is not None and not self._headers_written:
+            await self.give_up(stopping)
+            return  # the shutdown closes what is left of the connection
+        await self.abandon_body(stopping)
         self.cut()
 
     def cut(self) -> None:

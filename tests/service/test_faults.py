@@ -351,6 +351,18 @@ def test_a_reset_in_a_large_list(start_service: StartService, many_images: Path)
     assert len(service.images("?type=container")) == 0
 
 
+def test_the_head_of_a_large_list(start_service: StartService, many_images: Path) -> None:
+    """HEAD of 20,000 images costs no more than a page of them, and the connection goes on."""
+    service = start_service(many_images)
+    busy = service.cpu_seconds()
+    with Connection(service.port) as connection:
+        connection.send("HEAD /images HTTP/1.1\r\nHost: x\r\n\r\nGET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert connection.answer("HEAD").status == 200
+        assert connection.answer().json() == {"status": "ok"}
+    time.sleep(0.5)
+    assert service.cpu_seconds() - busy < 0.2
+
+
 def test_a_large_list_does_not_block_the_others(start_service: StartService, many_images: Path) -> None:
     """While 20,000 images are listed again and again, another request waits for a fraction of a second, and memory
     stays bounded."""

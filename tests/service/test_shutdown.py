@@ -73,7 +73,7 @@ def test_transfers_of_clients_may_end(start_service: StartService, records: Sett
 
 
 def test_a_client_that_takes_too_long(start_service: StartService, records: Settings) -> None:
-    """After shutdownTimeout an upload is ended all the same; its image is in `error`, and says so."""
+    """After shutdownTimeout an upload is ended all the same, with 503; its image is in `error`, and says so."""
     service = start_service(**records, shutdown_timeout=1)
     with Connection(service.port) as upload:
         upload.begin_upload(2 * MIB)
@@ -82,6 +82,7 @@ def test_a_client_that_takes_too_long(start_service: StartService, records: Sett
         began = time.monotonic()
         assert service.terminate() == 0
         assert 0.9 < time.monotonic() - began < 4
+        assert upload.answer().status == 503
         assert upload.closed(1)
     service.start()
     (image,) = service.images()
