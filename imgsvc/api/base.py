@@ -148,7 +148,7 @@ class BaseHandler(RequestHandler):
 
     async def give_up(self, error: Exception) -> None:
         """Ends a request whose body is still coming."""
-        await self.abandon_body(error if isinstance(error, ImgsvcError) else Unavailable("internal error"))
+        await self.abandon_body(own_error(error))
         await self.refuse(error)
 
     async def refuse(self, error: Exception) -> None:
@@ -338,6 +338,11 @@ class BaseHandler(RequestHandler):
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+
+
+def own_error(error: Exception) -> ImgsvcError:
+    """What a record may say: our own sentence, and nothing of an unexpected exception, which is in the log."""
+    return error if isinstance(error, ImgsvcError) else Unavailable("internal error")
 
 
 class UnknownPathHandler(BaseHandler):

@@ -9,7 +9,7 @@ from typing import Any
 
 import structlog
 
-from imgsvc.api.base import BaseHandler
+from imgsvc.api.base import BaseHandler, own_error
 from imgsvc.api.upload import Upload
 from imgsvc.blocks import BLOCK
 from imgsvc.errors import IdleTimeout, ImgsvcError, Incomplete, Invalid
@@ -73,8 +73,8 @@ class ImagesHandler(ImageAnswer):
         upload = self.upload or await self._begin_upload()
         try:
             self.write_image(await upload.finish())
-        except ImgsvcError as error:
-            await upload.abort(error)
+        except Exception as error:
+            await self.abandon_body(own_error(error))
             raise
 
     async def post(self) -> None:
