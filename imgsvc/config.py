@@ -47,7 +47,8 @@ def load(config_file: Path | None, flags: Mapping[str, str], environ: Mapping[st
 
     Raises ConfigError, a sentence that names the setting and where it was set, when a value cannot be, when there is
     no such key or IMGSVC_ variable, and when a file or directory is missing that must be there. A key of a store
-    type that was not chosen is read and then left alone, so that one word switches the store.
+    type that was not chosen is read and then left alone, so that one word switches the store; but half a TLS set is a
+    mistake whatever the type.
     """
     given = {} if config_file is None else _from_file(config_file)
     given |= _from_environment(environ)
@@ -216,8 +217,12 @@ def _check_metadata_store(settings: Settings, name: Callable[[str], str]) -> Non
             raise ConfigError(f"{name('metadataStoreConfig.filename')} is {store.filename}, which is a directory")
     if store.type == "kvite" and not store.table:
         raise ConfigError(f"{name('metadataStoreConfig.table')} must name the table in the Go program's file")
+    tls = {"cert": store.cert, "key": store.key, "caCert": store.ca_cert}
+    for key, file in tls.items():
+        if file is None and any(tls.values()):
+            raise ConfigError(f"{name(f'metadataStoreConfig.{key}')} is missing: cert, key and caCert go together")
     if store.type == "etcd":
-        _check_etcd(store, name)
+        _check_etcd(store, tls, name)
 
 
 def _check_place(place: Path, key: str, data_dir: Path, name: Callable[[str], str]) -> None:
@@ -231,11 +236,7 @@ def _check_place(place: Path, key: str, data_dir: Path, name: Callable[[str], st
         raise ConfigError(f"{name(key)} cannot be used: {error}") from error
 
 
-def _check_etcd(store: MetadataStoreSettings, name: Callable[[str], str]) -> None:
-    tls = {"cert": store.cert, "key": store.key, "caCert": store.ca_cert}
-    for key, file in tls.items():
-        if file is None and any(tls.values()):
-            raise ConfigError(f"{name(f'metadataStoreConfig.{key}')} is missing: cert, key and caCert go together")
+def _check_etcd(store: MetadataStoreSettings, tls: Mapping[str, Path | None], name: Callable[[str], str]) -> None:
     if not store.machines:
         raise ConfigError(f"{name('metadataStoreConfig.machines')} must name a member of etcd")
     for key, file in tls.items():

@@ -391,11 +391,17 @@ def test_json_needs_no_particular_name() -> None:
 
 def test_keys_of_another_store_type_are_left_alone(toml: Write) -> None:
     """One word, or one variable, switches the store."""
-    file = toml('[metadataStoreConfig]\ncert = "gone"\nmachines = ["https://a:1"]\ntable = "x"')
+    files = "\n".join(f'{name} = "gone"' for name in TLS)
+    file = toml(f'[metadataStoreConfig]\nmachines = ["https://a:1"]\ntable = "x"\n{files}')
 
     assert load(file, {}, {}).metadata_store.type == "sqlite"
     with pytest.raises(ConfigError):
         load(file, {}, {"IMGSVC_METADATA_STORE_TYPE": "etcd"})
+
+
+def test_half_a_tls_set_is_a_mistake_whatever_the_type(toml: Write) -> None:
+    file = toml('[metadataStoreConfig]\ncert = "file"')
+    assert refused(file) == f"metadataStoreConfig.key in {file} is missing: cert, key and caCert go together"
 
 
 def test_a_whole_tls_set_is_taken(toml: Write, tmp_path: Path) -> None:
@@ -485,7 +491,10 @@ def test_each_setting_can_be_set_everywhere_with_one_effect(toml: Write, key: st
     variable = next(setting.variable for setting in SETTINGS if setting.key == key)
 
     # Not "", so that the host does not depend on there being a file.
-    base = {} if key == "host" else {"IMGSVC_HOST": "h"}
+    base = plain = {} if key == "host" else {"IMGSVC_HOST": "h"}
+    if name in TLS:  # all three or none
+        others = (setting for setting in SETTINGS if setting.key.rpartition(".")[2] in TLS and setting.key != key)
+        base = base | {setting.variable: "others" for setting in others}
     from_toml = load(
         toml(f"[{group}]\n{name} = {json.dumps(value)}" if group else f"{name} = {json.dumps(value)}"), {}, base
     )
@@ -494,7 +503,7 @@ def test_each_setting_can_be_set_everywhere_with_one_effect(toml: Write, key: st
     from_flag = load(None, {key: text}, base)
 
     assert from_toml == from_json == from_variable == from_flag
-    assert from_toml != load(None, {}, base)
+    assert from_toml != load(None, {}, plain)
 
 
 def test_names_of_variables_and_flags_follow_the_keys() -> None:
