@@ -57,35 +57,36 @@ def read(url: str, sink: Collected | None = None, **settings: Any) -> Collected:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a connection gets: `later` comes `pause` seconds after `first`; then it is closed, or waits for the other
-    side to close."""
+    """What a connection gets: each of `later` comes `pause` seconds after what is before it; then it is closed, or waits
+    for the other side to close."""
 
     first: bytes
-    later: bytes = b""
+    later: tuple[bytes, ...] = ()
     pause: float = 0.0
     closes: bool = True
 
 
 class RawPeer:
-    """Listens on 127.0.0.1, over TLS where there is a context, and gives each connection the answer of that moment."""
+    """Listens, over TLS where there is a context, and gives each connection the answer of that moment."""
 
-    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1") -> None:
         self.requests: list[bytes] = []
         self._tls = tls
         self._answer = Answer(b"")
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server((host, 0))
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
-    @property
-    def port(self) -> int:
-        return int(self._listener.getsockname()[1])
-
     def answer(self, answer: Answer) -> str:
         """From now on this is the answer; returns the URL."""
         self._answer = answer
-        return f"{'http' if self._tls is None else 'https'}://127.0.0.1:{self.port}/image"
+        return self.url
+
+    @property
+    def url(self) -> str:
+        host, port = self._listener.getsockname()
+        return f"{'http' if self._tls is None else 'https'}://{host}:{port}/image"
 
     def __enter__(self) -> Self:
         return self
@@ -112,8 +113,9 @@ class RawPeer:
                 return
             self.requests.append(request)
             connection.sendall(self._answer.first)
-            self._ending.wait(self._answer.pause)
-            connection.sendall(self._answer.later)
+            for piece in self._answer.later:
+                self._ending.wait(self._answer.pause)
+                connection.sendall(piece)
             while not self._answer.closes and not self._ending.is_set():
                 if select.select([connection], [], [], 0.05)[0] and not connection.recv(65536):
                     break

@@ -77,7 +77,7 @@ class TestBody:
 
     def test_long_after_a_moment(self, peer: RawPeer) -> None:
         """One byte more is noticed, too, when it comes a little later on a connection that stays open."""
-        url = peer.answer(Answer(OK + b"Content-Length: 5\r\n\r\nbytes", b"!", pause=0.3, closes=False))
+        url = peer.answer(Answer(OK + b"Content-Length: 5\r\n\r\nbytes", (b"!",), pause=0.3, closes=False))
         assert refusal(url, Incomplete) == "the source announced 5 bytes and sent more"
 
     @pytest.mark.parametrize("reset", [True, False])
@@ -264,10 +264,16 @@ class TestSilence:
         url = source.serve("/image", http.Resource(BODY[:60], rate=40))
         assert read(url, stall_timeout=0.6).body == BODY[:60]
 
-    def test_a_slow_disk_is_not_the_sources_fault(self, source: http.Source) -> None:
+    def test_slow_headers_are_none(self, peer: RawPeer) -> None:
+        """Each header counts as a sign of life."""
+        headers = (b"Server: x\r\n", b"Content-Length: 5\r\n", b"\r\n", b"bytes")
+        assert read(peer.answer(Answer(OK, headers, pause=0.25)), stall_timeout=0.6).body == b"bytes"
+
+    def test_a_slow_disk_is_not_the_sources_fault(self, peer: RawPeer) -> None:
         """While the sink works nobody counts."""
-        sink = Collected(pause=0.8)
-        assert read(source.serve("/image", BODY[:100]), sink, stall_timeout=0.5).body == BODY[:100]
+        sink = Collected(pause=0.6)
+        url = peer.answer(Answer(OK + b"\r\nby", (b"te", b"s"), pause=0.7))
+        assert read(url, sink, stall_timeout=0.5).body == b"bytes"
 
     def test_ticks(self, source: http.Source) -> None:
         """The sink is asked at least once a second whether to go on, while nothing comes."""

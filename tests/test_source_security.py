@@ -81,6 +81,12 @@ class TestNetworks:
         """A denied network denies nothing but itself."""
         assert read(source.url + "/image", deny_networks=(ip_network("127.0.0.2/32"),)).body == BODY
 
+    def test_only_the_last_hop_is_blamed(self, source: http.Source) -> None:
+        """An address that was refused on the way to a redirect is not the reason for what fails behind it."""
+        source.serve("/elsewhere", http.Resource.redirect("http://127.0.0.1:9/"))
+        with pytest.raises(FetchFailed, match="could not be fetched"):
+            read(f"http://localhost:{source.port}/elsewhere", deny_networks=(ip_network("::1/128"),))
+
     @pytest.mark.parametrize("variable", ["http_proxy", "all_proxy", "ALL_PROXY"])
     def test_no_proxy(self, source: http.Source, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """One would connect to whatever it is told, where nobody looks."""
@@ -107,29 +113,36 @@ def trust(authority: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 class TestTls:
     @pytest.fixture
-    def peer(self, certificates: Certificates) -> Iterator[RawPeer]:
+    def server_side(self, certificates: Certificates) -> ssl.SSLContext:
+        """With a certificate for 127.0.0.1."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificates.server_cert, certificates.server_key)
-        with RawPeer(context) as peer:
+        return context
+
+    @pytest.fixture
+    def peer(self, server_side: ssl.SSLContext) -> Iterator[RawPeer]:
+        with RawPeer(server_side) as peer:
             peer.answer(Answer(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\n" + BODY))
             yield peer
 
     def test_trusted(self, peer: RawPeer, certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> None:
         """A certificate that certifi's authorities vouch for is taken."""
         trust(certificates.ca, monkeypatch)
-        assert read(f"https://127.0.0.1:{peer.port}/image").body == BODY
+        assert read(peer.url).body == BODY
 
     def test_not_trusted(self, peer: RawPeer) -> None:
         """One that nobody vouches for is refused, and the request is not sent."""
         with pytest.raises(FetchFailed, match="certificate"):
-            read(f"https://127.0.0.1:{peer.port}/image")
+            read(peer.url)
         assert peer.requests == []
 
-    def test_another_name(self, peer: RawPeer, certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_another_name(
+        self, server_side: ssl.SSLContext, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """One that is vouched for, but for another host, is refused as well."""
         trust(certificates.ca, monkeypatch)
-        with pytest.raises(FetchFailed):
-            read(f"https://127.0.0.2:{peer.port}/image")
+        with RawPeer(server_side, host="127.0.0.2") as peer, pytest.raises(FetchFailed, match="certificate"):
+            read(peer.url)
         assert peer.requests == []
 
     def test_no_tls(self, source: http.Source) -> None:
