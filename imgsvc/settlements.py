@@ -77,10 +77,11 @@ class Settlements:
             return image_id in self._waiting
 
     def retry(self) -> None:
-        """Takes what waits, until a step still cannot be taken."""
+        """Takes what waits, until a step still cannot be taken; that one is the last to be tried the next time."""
         with self._lock:
             waiting = list(self._waiting.items())
         for image_id, step in waiting:
+            self._put_behind(image_id, step)
             try:
                 step()
             except (Unavailable, NoSpace):
@@ -90,7 +91,15 @@ class Settlements:
             else:
                 log.info("settled", image=image_id)
             with self._lock:
-                self._waiting.pop(image_id, None)
+                # The step may have set things going whose own end waits by now.
+                if self._waiting.get(image_id) is step:
+                    del self._waiting[image_id]
+
+    def _put_behind(self, image_id: str, step: Callable[[], object]) -> None:
+        """So that one that never works, for a reason of its own, does not hold up the others."""
+        with self._lock:
+            if self._waiting.get(image_id) is step:
+                self._waiting[image_id] = self._waiting.pop(image_id)
 
     def _complete(self, final: Image) -> Image:
         try:
