@@ -95,12 +95,14 @@ class Transfers:
 
     def _keep_records_true(self) -> None:
         while not self._closing.wait(FIRST_REPORT):
-            self._settlements.retry()
             with self._lock:
                 running = list(self._running.values())
             try:
+                self._settlements.retry()
                 for transfer in running:
                     transfer.report()
             except (Unavailable, NoSpace) as error:
                 # The bytes still come in; the record catches up when the store answers again.
                 log.debug("progress not recorded", reason=str(error))
+            except Exception:  # without this thread no record would follow any more
+                log.exception("records not kept true")
