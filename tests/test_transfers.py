@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from structlog.testing import capture_logs
 
 from imgsvc import transfer as transfer_module
 from imgsvc.errors import Conflict, ImgsvcError, Incomplete, NoSpace, TooLarge, Unavailable
@@ -16,7 +17,7 @@ from imgsvc.metadata.store import Member
 from imgsvc.transfer import Kind, Transfer
 from tests.flaky import FULL, LOST, UNKNOWN, Fault
 from tests.images.helpers import content, put
-from tests.rooms import SITE, Rooms, feed_and_finish, report_now
+from tests.rooms import SITE, Rooms, feed_and_finish, report_now, wait_until
 
 GONE = Incomplete("the sender went away")
 
@@ -28,10 +29,7 @@ class TestReport:
         rooms.transfers.start()
         try:
             transfer.feed(b"bytes")
-            deadline = time.monotonic() + 0.9
-            while rooms.base.get(transfer.image.id).size == 0:
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
+            wait_until(lambda: rooms.base.get(transfer.image.id).size > 0, 0.9)
         finally:
             transfer.abort(GONE)
             rooms.transfers.close()
@@ -224,12 +222,20 @@ class TestThread:
         time.sleep(0.6)
         assert running.claims() == {ended.image.id, going.image.id}
         running.faults.heal()
-        deadline = time.monotonic() + 2.0
-        while running.base.get(ended.image.id).in_transfer or running.base.get(going.image.id).size == 0:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(lambda: not running.base.get(ended.image.id).in_transfer, 2.0)
+        wait_until(lambda: running.base.get(going.image.id).size > 0, 2.0)
         assert going.finish().status is Status.COMPLETE
         running.check_settled()
+
+    def test_it_outlives_a_mistake_of_ours(self, running: Rooms) -> None:
+        """It is logged, and the records that follow are kept true all the same."""
+        running.faults.next("update", Fault(ZeroDivisionError("a mistake of ours")))
+        transfer = running.upload()
+        with capture_logs() as logs:
+            transfer.feed(b"bytes")
+            wait_until(lambda: running.base.get(transfer.image.id).size > 0)
+        transfer.abort(GONE)
+        assert [line["event"] for line in logs if line["log_level"] == "error"] == ["records not kept true"]
 
     def test_closing_tries_once_more(self, rooms: Rooms) -> None:
         """Also when the thread was never started."""
