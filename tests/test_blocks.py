@@ -41,8 +41,9 @@ def test_full_blocks() -> None:
     blocks = Blocks()
     blocks.add(bytes(BLOCK - 1))
     assert not blocks.due()
-    blocks.add(b"ab")
+    blocks.add(b"a")
     assert blocks.due()
+    blocks.add(b"b")
     assert len(blocks.take()) == BLOCK
     assert not blocks.due()
     assert blocks.take() == b"b"
@@ -53,7 +54,10 @@ def test_a_block_after_an_early_one() -> None:
     blocks = Blocks()
     blocks.add(b"early")
     assert blocks.take() == b"early"
-    blocks.add(bytes(BLOCK))
+    blocks.add(bytes(BLOCK - 6))
+    assert not blocks.due()
+    blocks.add(bytes(6))
+    assert blocks.due()
     assert len(blocks.take()) == BLOCK - 5
     assert len(blocks.take()) == 5
 
