@@ -56,8 +56,9 @@ def test_a_block_after_an_early_one() -> None:
     assert blocks.take() == b"early"
     blocks.add(bytes(BLOCK - 6))
     assert not blocks.due()
-    blocks.add(bytes(6))
+    blocks.add(bytes(1))
     assert blocks.due()
+    blocks.add(bytes(5))
     assert len(blocks.take()) == BLOCK - 5
     assert len(blocks.take()) == 5
 
