@@ -91,6 +91,15 @@ class TestFetch:
         assert reason in ended(running, image).error
         running.check_settled()
 
+    def test_larger_than_allowed(self, rooms: Rooms, source: Source) -> None:
+        """What the source announces is enough to refuse it: its body is not waited for."""
+        limited = Rooms(rooms.disk, rooms.base, stall_timeout=30.0, max_image_size=len(BODY) - 1)
+        with closing(limited):
+            limited.start()
+            image = submit(limited, source.serve("/image", Resource(BODY, stall_after=0)))
+            assert "at most" in ended(limited, image).error
+        limited.check_settled()
+
     def test_a_slow_source_shows_its_progress(self, running: Rooms, source: Source) -> None:
         """Bytes are written before they make a block."""
         image = submit(running, source.serve("/image", Resource(BODY, stall_after=1000)))
