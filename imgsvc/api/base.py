@@ -292,6 +292,13 @@ class BaseHandler(RequestHandler):
             await self.finish()
         self.cut()
 
+    async def _close_if_said(self) -> None:
+        """After an answer that went ahead of the body, now that the body has come to its end all the same."""
+        if self._headers.get("Connection") == "close":
+            with contextlib.suppress(StreamClosedError):
+                await self.finish()
+            self.cut()
+
     def _check_ready(self) -> None:
         if self.needs_stores and self.context.not_ready is not None:
             raise Unavailable(self.context.not_ready)
@@ -309,7 +316,9 @@ class BaseHandler(RequestHandler):
 
         async def call(*arguments: str) -> None:
             self._stop_timer()
-            if not self._answered and (result := method(*arguments)) is not None:
+            if self._answered:
+                await self._close_if_said()
+            elif (result := method(*arguments)) is not None:
                 await result
 
         return call
