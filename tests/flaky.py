@@ -99,7 +99,7 @@ def flaky_records(store: MetadataStore, faults: Faults) -> MetadataStore:
 
 
 def flaky_images(store: ImageStore, faults: Faults) -> ImageStore:
-    """Its writers' calls have faults too."""
+    """The calls of its writers and readers have faults too."""
     return cast("ImageStore", _Flaky(store, faults))
 
 
@@ -117,6 +117,7 @@ class _Flaky:
             result = attribute(*args, **kwargs)
             if name == "writer":
                 self._faults.writers.append(result)
+            if name in ("writer", "open"):
                 return _Flaky(result, self._faults)
             return self._pages(result) if name in ("list", "survey") else result
 
