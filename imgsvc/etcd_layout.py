@@ -17,6 +17,8 @@ class Layout:
         self.images = f"{self.prefix}/images/"
         self.sources = f"{self.prefix}/image-sources/"
         self.members = f"{self.prefix}/image-members/"
+        # A UUID, made with the first use of the prefix and never again: names this set of records.
+        self.records = f"{self.prefix}/image-records"
 
     def image(self, image_id: str) -> str:
         """What all keys of one image begin with."""

@@ -29,14 +29,15 @@ class Maintenance:
         """To be run before anything comes in, and again after Unavailable or NoSpace: each of its steps may be repeated.
 
         Interrupted uploads become `error`, interrupted fetches are pending and submitted again, claims and bytes
-        without a record go. Raises ConfigError when the records speak of images and the directory has no marker and
-        none of them, as when its dataset is not mounted.
+        without a record go. Raises ConfigError when the records speak of images and the directory has no marker for
+        them and none of the images, as when its dataset is not mounted.
         """
         stored = set(self._images.ids())
+        identity = self._records.identity
+        if self._images.fresh or self._images.marked_for not in ("", identity):
+            self._refuse_wrong_directory(stored)
         if self._images.fresh:
-            if not stored:
-                self._refuse_if_unmounted()
-            self._images.mark("" if stored else self._records.identity)
+            self._images.mark("" if stored else identity)
         unfinished = set(self._images.unfinished())
         orphans = set(stored)
         to_fetch: list[str] = []
@@ -48,7 +49,7 @@ class Maintenance:
                 elif entry.image.in_transfer and self._is_ours(entry, stored | unfinished):
                     unfinished.discard(entry.image.id)
                     to_fetch += self._settle(entry.image)
-        if self._images.marked_for in ("", self._records.identity):
+        if self._images.marked_for in ("", identity):
             for image_id in unfinished:
                 self._images.unclaim(image_id)
         else:
@@ -64,14 +65,20 @@ class Maintenance:
             orphans.difference_update(entry.image.id for entry in page)
         self._remove_orphans(orphans)
 
-    def _refuse_if_unmounted(self) -> None:
+    def _refuse_wrong_directory(self, stored: set[str]) -> None:
+        """One that holds none of the images which records put here: it is another service's, or not mounted."""
+        example = ""
         for page in self._records.survey():
             for entry in page:
                 if entry.here and entry.image.status is Status.COMPLETE:
-                    raise ConfigError(
-                        f"{self._images.place} is empty and has no marker, but this host is on record as holding "
-                        f"images (such as {entry.image.id}): is its file system mounted?"
-                    )
+                    if entry.image.id in stored:
+                        return
+                    example = entry.image.id
+        if example:
+            raise ConfigError(
+                f"{self._images.place} has none of the images that this host is on record as holding (such as "
+                f"{example}), and no marker for these records: is its file system mounted, and is it the right one?"
+            )
 
     def _is_ours(self, entry: Entry, traces: set[str]) -> bool:
         """Whether this member was transferring. Without an owner on record, what is on the disk tells."""

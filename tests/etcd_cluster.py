@@ -132,6 +132,10 @@ class EtcdCluster:
         self._processes[i] = None
         self._frozen.discard(i)
 
+    def wipe(self, i: int) -> None:
+        """Removes the data of member i, which is not running, as who sets etcd up anew does."""
+        shutil.rmtree(Path(self._directory.name) / f"m{i}")
+
     def stop(self, i: int) -> None:
         """Freezes member i: its connections stay open, and nothing answers on them."""
         self._signal(i, signal.SIGSTOP)

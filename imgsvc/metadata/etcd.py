@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Protocol, TypeVar
@@ -68,7 +69,6 @@ class EtcdMetadataStore:
         self._layout = Layout(prefix)
         self._member = member
         self._leases = leases
-        self._identity = ""
         # Revisions by id of what this member is transferring, to own it again on a new lease.
         self._owned: dict[str, int] = {}
         self._watches: builtins.list[DeletionWatch] = []
@@ -76,10 +76,13 @@ class EtcdMetadataStore:
 
     @property
     def identity(self) -> str:
-        if not self._identity:
-            page = self._etcd.range(self._layout.images)
-            self._identity = f"etcd:{page.cluster:x}{self._layout.prefix}"
-        return self._identity
+        """Read each time: etcd may be set up anew under a running service. That gives it another name here, but not
+        always another cluster id, which is made of its command line; restored from a snapshot it has another id, but
+        the name that it had."""
+        key = self._layout.records
+        named = self._etcd.transact([created_at(key, 0)], [put(key, str(uuid.uuid4())), read(key)], [read(key)])
+        cluster = self._etcd.range(key).cluster
+        return f"etcd:{cluster:x}:{named.found[-1][0].text}{self._layout.prefix}"
 
     def list(self, image_type: ImageType | None = None) -> Iterator[Sequence[Image]]:
         images = (

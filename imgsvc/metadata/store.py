@@ -41,7 +41,8 @@ class MetadataStore(Protocol):
 
     @property
     def identity(self) -> str:
-        """Names this set of records for good, so that a directory can tell whose images it holds."""
+        """Names this set of records, so that a directory can tell whose images it holds: another set, were it at the
+        same place, has another name. Raises Unavailable."""
 
     def list(self, image_type: ImageType | None = None) -> Iterator[Sequence[Image]]:
         """Pages of at most 1,000 images, ordered by id; what exists throughout is in it exactly once."""

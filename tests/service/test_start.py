@@ -96,7 +96,7 @@ def test_the_images_are_not_mounted(start_service: StartService, records: Settin
     away = service.images_dir.rename(service.data_dir / "away")
     service.images_dir.mkdir()
     for _ in range(2):
-        assert f"imgsvc: {service.images_dir} is empty" in service.start_refused()
+        assert f"imgsvc: {service.images_dir} has none of the images" in service.start_refused()
         assert list(service.images_dir.iterdir()) == []
     service.images_dir.rmdir()
     away.rename(service.images_dir)
