@@ -229,6 +229,19 @@ class TestUpload:
             head, body = await wire.answer()
         check_refused(service, head, body, 503, "the service is stopping")
 
+    @pytest.mark.gen_test
+    async def test_a_shutdown_waits(self, http_server: HTTPServer, http_port: int, service: Service) -> None:
+        """For an upload that ends in time, and then no longer."""
+        async with connected(http_port) as wire:
+            await wire.send(PUT + b"Content-Length: 9\r\n\r\nsome")
+            await until(lambda: len(service.listed()) == 1)
+            draining = asyncio.ensure_future(service.in_flight.drain(30.0))
+            await asyncio.sleep(0.1)
+            assert not draining.done()
+            await wire.send(b"bytes")
+            await asyncio.wait_for(draining, 2.0)
+        assert service.listed()[0].status is Status.COMPLETE
+
 
 def slow_down(service: Service, seconds: float) -> None:
     """Each block takes so long to write."""
