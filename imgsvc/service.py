@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from urllib.parse import urlsplit
 
@@ -17,6 +19,9 @@ from imgsvc.metadata.store import MetadataStore
 from imgsvc.settlements import Settlements
 from imgsvc.transfer import Transfer
 from imgsvc.transfers import Transfers
+
+# Seconds.
+_LAST_MOMENT = 1.0
 
 log = structlog.get_logger()
 
@@ -65,6 +70,10 @@ class ImageService:
                 self._images.unclaim(image.id)
                 with contextlib.suppress(NotFound):  # deleted since: the source is free again
                     return self._fetch_again(taken.image)
+            except Unavailable:
+                # It may be stored, and its source be answered with it from now on; so it is not taken away again.
+                self._settlements.later(image.id, functools.partial(self._fetch_if_created, image.id))
+                raise
             except ImgsvcError:
                 self._settlements.discard(image.id)
                 raise
@@ -116,12 +125,25 @@ class ImageService:
             raise Unavailable(f"the image has {reader.size} bytes on the disk, and should have {image.size}")
         return image, reader
 
+    def _fetch_if_created(self, image_id: str) -> None:
+        """After a `create` of which nobody knows whether it succeeded."""
+        try:
+            image = self._records.get(image_id)
+        except NotFound:
+            with contextlib.suppress(NotFound):
+                self._records.delete(image_id)  # so that it cannot arrive late
+            self._images.unclaim(image_id)
+        else:
+            if image.status is Status.PENDING:
+                self._fetcher.submit(image_id)
+
     def _fetch_again(self, image: Image) -> Image:
         """The image of a taken source; one in error is fetched again, once however many ask."""
         if image.status is not Status.ERROR:
             return image
         # One at a time: writing the same change twice succeeds twice, as a repeated write must.
         with self._fetching_again:
+            self._wait_for_end(image.id)
             image = self._records.get(image.id)
             if image.status is not Status.ERROR or self._transfers.is_known(image.id):
                 return image
@@ -130,6 +152,12 @@ class ImageService:
                 return self._settlements.settle(image.id, lambda: self._requeue(image))
             except Conflict:
                 return self._records.get(image.id)
+
+    def _wait_for_end(self, image_id: str) -> None:
+        """A transfer that failed says so in the record a moment before it is over."""
+        latest = time.monotonic() + _LAST_MOMENT
+        while self._transfers.is_known(image_id) and time.monotonic() < latest:
+            time.sleep(0.02)
 
     def _requeue(self, image: Image) -> Image:
         try:

@@ -11,7 +11,7 @@ import structlog
 
 from imgsvc.errors import Conflict, ImgsvcError, NoSpace, NotFound, Unavailable
 from imgsvc.images.store import ImageStore
-from imgsvc.metadata.image import Image
+from imgsvc.metadata.image import Image, Status
 from imgsvc.metadata.store import MetadataStore
 
 T = TypeVar("T")
@@ -31,8 +31,8 @@ class Settlements:
         self._lock = threading.Lock()
 
     def complete(self, image: Image, size: int, sha256: str) -> Image:
-        """Its bytes are on the disk for good. Raises Conflict when the record is gone, and drops the bytes; raises
-        Unavailable or NoSpace when the record must follow later."""
+        """Its bytes are on the disk for good. Raises Conflict when the record is gone, or was ended by somebody else,
+        and drops the bytes; raises Unavailable or NoSpace when the record must follow later."""
         final = image.completed(size, sha256)
         return self.settle(image.id, lambda: self._complete(final))
 
@@ -48,27 +48,33 @@ class Settlements:
     def discard(self, image_id: str) -> None:
         """It may have a record, and nobody was told of it: the record goes, by `retry`, so that a sender need not
         wait for a store that has just failed."""
-        with self._lock:
-            self._waiting[image_id] = lambda: self._discard(image_id)
+        self.later(image_id, lambda: self._discard(image_id))
 
     def settle(self, image_id: str, step: Callable[[], T]) -> T:
-        """Takes the step and returns its result. Raises what it raises; after Unavailable or NoSpace it is taken
-        again by `retry`."""
+        """Takes the step and returns its result. Raises what it raises; after Unavailable, NoSpace or a mistake of
+        ours it is taken again by `retry`."""
         try:
             return step()
-        except (Unavailable, NoSpace):
-            with self._lock:
-                self._waiting[image_id] = step
+        except (NotFound, Conflict):
             raise
+        except Exception:
+            self.later(image_id, step)
+            raise
+
+    def later(self, image_id: str, step: Callable[[], object]) -> None:
+        """Leaves the step to `retry`."""
+        with self._lock:
+            self._waiting[image_id] = step
 
     def write(self, image: Image) -> Image:
         """Updates the record of a transfer of ours, also when its revision is not the one that we know: an earlier
-        write may have succeeded although we were told otherwise. Raises Conflict when it is no longer in transfer."""
+        write may have succeeded although we were told otherwise. Raises Conflict when it is no longer in transfer, or
+        when another member transfers it by now."""
         try:
             return self._records.update(image)
         except Conflict:
             stored = self._records.get(image.id)
-            if not stored.in_transfer:
+            if not stored.in_transfer or not self._records.may_own(image.id):
                 raise
             return self._records.update(image.at_revision(stored.revision))
 
@@ -107,6 +113,14 @@ class Settlements:
         except NotFound as error:
             self._images.delete(final.id)
             raise Conflict("the image was deleted during its transfer") from error
+        except Conflict as error:
+            stored = self._records.get(final.id)
+            if stored.status is Status.COMPLETE and stored.sha256 == final.sha256:
+                self._records.hold(final.id)
+                return stored
+            # They are not the bytes of this record, and must not be there when it is complete.
+            self._images.delete(final.id)
+            raise Conflict("the image was ended by somebody else during its transfer") from error
 
     def _fail(self, final: Image) -> Image:
         try:

@@ -14,7 +14,7 @@ from enum import StrEnum
 
 import structlog
 
-from imgsvc.errors import Conflict, ImgsvcError, Incomplete, NoSpace, NotFound, Stopping, Unavailable
+from imgsvc.errors import Conflict, ImgsvcError, Incomplete, NotFound, Stopping, Unavailable
 from imgsvc.images.store import ImageWriter
 from imgsvc.metadata.image import UNKNOWN_SIZE, Image
 from imgsvc.metadata.store import MetadataStore
@@ -133,11 +133,11 @@ class Transfer:
         try:
             with self._record:
                 self.image = self._settlements.complete(self.image, self.size, self._digest.hexdigest())
-        except (Unavailable, NoSpace) as error:
-            self._end("unsettled", error)
-            raise
-        except ImgsvcError as error:
+        except Conflict as error:
             self._end("error", error)
+            raise
+        except Exception as error:
+            self._end("unsettled", error)
             raise
         self._end("complete")
         return self.image
@@ -208,7 +208,7 @@ class Transfer:
             self._writer.abort()
             return True
 
-    def _end(self, outcome: str, reason: ImgsvcError | None = None) -> None:
+    def _end(self, outcome: str, reason: Exception | None = None) -> None:
         """Leaves the list of running transfers, with the transfer's one line in the log."""
         self._call_ended(self)
         seconds = max(time.monotonic() - self._began, 1e-3)

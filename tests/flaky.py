@@ -38,6 +38,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     "update": (LOST, UNKNOWN, FULL),
     "delete": (LOST, UNKNOWN),
     "get": (LOST,),
+    "may_own": (LOST,),
     "page": (LOST,),
     "hold": (LOST, UNKNOWN),
     "release": (LOST, UNKNOWN),

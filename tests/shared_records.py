@@ -41,6 +41,9 @@ class SharedRecords(MemoryMetadataStore):
         self._note(updated)
         return updated
 
+    def may_own(self, image_id: str) -> bool:
+        return self.owners.get(image_id, self._member.id) == self._member.id
+
     def hold(self, image_id: str) -> None:
         self.get(image_id)
         self.holding.setdefault(image_id, set()).add(self._member.id)

@@ -164,12 +164,18 @@ class TestRetry:
 
         return step
 
-    @pytest.mark.parametrize("error", [Conflict("no"), NotFound("no"), ZeroDivisionError()])
+    @pytest.mark.parametrize("error", [Conflict("no"), NotFound("no")])
     def test_only_what_may_work_later_waits(self, rooms: Rooms, error: Exception) -> None:
         """Anything else is the caller's concern alone."""
         with pytest.raises(type(error)):
             rooms.settlements.settle("one", self.fails(error))
         assert not rooms.settlements.waiting("one")
+
+    def test_a_mistake_of_ours_waits(self, rooms: Rooms) -> None:
+        """What it was to settle is not forgotten for it."""
+        with pytest.raises(ZeroDivisionError):
+            rooms.settlements.settle("one", self.fails(ZeroDivisionError()))
+        assert rooms.settlements.waiting("one")
 
     @pytest.mark.parametrize("error", [Unavailable("later"), NoSpace("later")])
     def test_a_step_that_never_works_does_not_hold_up_the_others(self, rooms: Rooms, error: ImgsvcError) -> None:

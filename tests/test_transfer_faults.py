@@ -15,7 +15,7 @@ from imgsvc.errors import ImgsvcError, Incomplete, NoSpace, Unavailable
 from imgsvc.metadata.image import Image, ImageType, Status
 from imgsvc.transfer import Transfer
 from tests.flaky import FAULTS, LOST, Fault, Killed
-from tests.rooms import DiskPlace, MemoryPlace, Place, Rooms, report_now
+from tests.rooms import DiskPlace, MemoryPlace, Place, Rooms, feed_and_finish, report_now
 
 BODY = b"first, last"
 SOURCE = "http://source.example/image"
@@ -106,9 +106,15 @@ def steps() -> Iterator[object]:
 
 
 def recover(rooms: Rooms) -> None:
-    """The stores answer, and the thread that retries has had its turn."""
+    """The stores answer, and the threads that retry and fetch have had their turn."""
     rooms.faults.heal()
     rooms.settlements.retry()
+    while not rooms.fetcher._queue.empty():
+        image = rooms.listed().get(rooms.fetcher._queue.get() or "")
+        if image is not None and image.status is Status.PENDING:
+            transfer = rooms.transfers.fetch(image)
+            transfer.start(5)
+            feed_and_finish(transfer)
 
 
 def check(rooms: Rooms, owner: Owner, *, deleted: bool = False) -> None:

@@ -148,6 +148,10 @@ class EtcdMetadataStore:
             raise NotFound(f"there is no image {image.id}")
         raise Conflict(f"image {image.id} has changed since it was read")
 
+    def may_own(self, image_id: str) -> bool:
+        owner = self._etcd.range(self._layout.owner(image_id)).items
+        return not owner or self._is_mine(owner[0])
+
     def delete(self, image_id: str) -> Image:
         try:
             image, item = self._find(image_id)

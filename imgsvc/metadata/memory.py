@@ -6,16 +6,17 @@ import dataclasses
 import heapq
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from imgsvc.errors import Conflict, Invalid, NotFound, SourceTaken
-from imgsvc.metadata.image import Image, ImageType, Status
+from imgsvc.metadata.image import Image, ImageType
 from imgsvc.metadata.store import Entry, Member
+from imgsvc.metadata.unshared import Unshared
 
 _PAGE = 1_000
 
 
-class MemoryMetadataStore:
+class MemoryMetadataStore(Unshared):
     """Records that live as long as this object; a `MetadataStore`."""
 
     def __init__(self, member: Member) -> None:
@@ -84,19 +85,6 @@ class MemoryMetadataStore:
                 del self._ids_by_source[image.source]
             return image
 
-    def hold(self, image_id: str) -> None:
-        self.get(image_id)
-
-    def release(self, image_id: str) -> None:
-        """There is nobody else who could hold a complete image."""
-
-    def holders(self, image_id: str) -> Sequence[str]:
-        self.get(image_id)
-        return ()
-
-    def follow_deletions(self, deleted: Callable[[str], None], gap: Callable[[], None]) -> None:
-        """Every deletion is made through this object, so nobody has to be told."""
-
     def ping(self) -> None:
         """Memory is always there."""
 
@@ -113,10 +101,6 @@ class MemoryMetadataStore:
         with self._lock:
             ids = heapq.nsmallest(_PAGE, (image_id for image_id in self._images if image_id > after))
             return [self._entry(self._images[image_id]) for image_id in ids]
-
-    def _entry(self, image: Image) -> Entry:
-        owner = self._member.id if image.in_transfer else None
-        return Entry(image, owner, here=image.status is Status.COMPLETE)
 
     def _find(self, image_id: str) -> Image:
         image = self._images.get(image_id)

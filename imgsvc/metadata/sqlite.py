@@ -20,6 +20,7 @@ from imgsvc.errors import ConfigError, Conflict, Invalid, NoSpace, NotFound, Sou
 from imgsvc.metadata.ballast import BALLAST_SIZE, Ballast
 from imgsvc.metadata.image import Image, ImageType, Status
 from imgsvc.metadata.store import Entry, Member
+from imgsvc.metadata.unshared import Unshared
 
 _T = TypeVar("_T")
 _log = structlog.get_logger()
@@ -53,7 +54,7 @@ _UPDATE = """
 _TYPE_AFTER = "SELECT id, document, revision FROM imgsvc_images WHERE type = ? AND id > ? ORDER BY id LIMIT ?"
 
 
-class SqliteMetadataStore:
+class SqliteMetadataStore(Unshared):
     """Records in one file, in tables whose names begin with `imgsvc_`; a `MetadataStore`.
 
     What a call has written is on the disk when it returns. `take_over` runs in the transaction that makes the tables,
@@ -131,19 +132,6 @@ class SqliteMetadataStore:
             return image
 
         return self._write(remove, may_need_ballast=True)
-
-    def hold(self, image_id: str) -> None:
-        self.get(image_id)
-
-    def release(self, image_id: str) -> None:
-        """There is nobody else who could hold a complete image."""
-
-    def holders(self, image_id: str) -> Sequence[str]:
-        self.get(image_id)
-        return ()
-
-    def follow_deletions(self, deleted: Callable[[str], None], gap: Callable[[], None]) -> None:
-        """Every deletion is made through this object, so nobody has to be told."""
 
     def ping(self) -> None:
         def note(writer: sqlite3.Connection) -> None:
@@ -240,10 +228,6 @@ class SqliteMetadataStore:
             if image_type is None:
                 return reader.execute(_AFTER, (after, _PAGE)).fetchall()
             return reader.execute(_TYPE_AFTER, (image_type.value, after, _PAGE)).fetchall()
-
-    def _entry(self, image: Image) -> Entry:
-        owner = self._member.id if image.in_transfer else None
-        return Entry(image, owner, here=image.status is Status.COMPLETE)
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:

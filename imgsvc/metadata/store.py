@@ -68,6 +68,13 @@ class MetadataStore(Protocol):
         has neither. Raises Conflict when the stored record has another revision, NotFound when it is gone.
         """
 
+    def may_own(self, image_id: str) -> bool:
+        """Whether this member may be the one that transfers the image: nobody else is on record as its owner.
+
+        Who asks after `get` and then updates what it got is fenced: another member becomes the owner only by a write
+        of the record, which that update then conflicts with.
+        """
+
     def delete(self, image_id: str) -> Image:
         """Removes record, source claim, owner and holders in one step, and returns the image as it was."""
 

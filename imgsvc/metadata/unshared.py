@@ -1,0 +1,39 @@
+"""What a metadata store says of other hosts when there are none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from imgsvc.metadata.image import Image, Status
+from imgsvc.metadata.store import Entry, Member
+
+
+class Unshared:
+    """The part of a `MetadataStore` that is the same wherever only one process writes: this member transfers what is
+    in transfer, and holds what is complete."""
+
+    _member: Member
+
+    def get(self, image_id: str) -> Image:
+        raise NotImplementedError
+
+    def may_own(self, image_id: str) -> bool:
+        self.get(image_id)
+        return True
+
+    def hold(self, image_id: str) -> None:
+        self.get(image_id)
+
+    def release(self, image_id: str) -> None:
+        """There is nobody else who could hold a complete image."""
+
+    def holders(self, image_id: str) -> Sequence[str]:
+        self.get(image_id)
+        return ()
+
+    def follow_deletions(self, deleted: Callable[[str], None], gap: Callable[[], None]) -> None:
+        """Every deletion is made through this object, so nobody has to be told."""
+
+    def _entry(self, image: Image) -> Entry:
+        owner = self._member.id if image.in_transfer else None
+        return Entry(image, owner, here=image.status is Status.COMPLETE)

@@ -1,0 +1,80 @@
+"""Two hosts and one image, over records in a real etcd: what one has missed must not undo what the other does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+
+import pytest
+
+from imgsvc.errors import Conflict, FetchFailed, ImgsvcError
+from imgsvc.images.memory import MemoryImageStore
+from imgsvc.metadata.image import ImageType, Status
+from imgsvc.transfer import Transfer
+from tests.etcd_cluster import EtcdCluster
+from tests.flaky import UNKNOWN
+from tests.images.helpers import content
+from tests.metadata.etcd_store import new_member, open_store
+from tests.rooms import Rooms, feed_and_finish
+
+SOURCE = "http://source.example/image"
+
+
+@pytest.fixture
+def hosts(etcd: EtcdCluster, etcd_prefix: str) -> Iterator[list[Rooms]]:
+    with ExitStack() as opened:
+        rooms = []
+        for name in ("one", "two"):
+            records = opened.enter_context(closing(open_store(etcd.endpoints, etcd_prefix, new_member(name))))
+            images = MemoryImageStore()
+            images.mark(records.identity)
+            rooms.append(Rooms(images, records))
+        yield rooms
+
+
+def begun(host: Rooms) -> Transfer:
+    return host.transfers.fetch(host.service.fetch(SOURCE, ImageType.KVM, ""))
+
+
+def failed_unheard(host: Rooms) -> str:
+    """A fetch of the host fails; that is stored, and the host does not hear of it."""
+    transfer = begun(host)
+    host.faults.next("update", UNKNOWN)
+    transfer.abort(FetchFailed("gone"))
+    host.faults.heal()
+    return transfer.image.id
+
+
+def test_a_late_settlement_does_not_end_another_members_fetch(hosts: list[Rooms]) -> None:
+    """The image that failed at one is fetched again at two; then one is back, and settles what it believes open."""
+    one, two = hosts
+    image_id = failed_unheard(one)
+    again = begun(two)
+    assert again.image.id == image_id
+    again.start(5)
+    one.settlements.retry()
+    assert two.base.get(image_id).status is Status.DOWNLOADING
+    assert feed_and_finish(again).status is Status.COMPLETE
+    assert not one.settlements.waiting(image_id)
+
+
+def test_bytes_of_an_ended_transfer_do_not_stand_for_the_image(hosts: list[Rooms]) -> None:
+    """Somebody ends the record while a transfer commits, and another member fetches other content of the same size:
+    nobody is served the first bytes under the digest of the second."""
+    one, two = hosts
+    first = begun(one)
+    first.start(3)
+    first.feed(b"abc")
+    first.commit()
+    stored = two.base.get(first.image.id)
+    two.base.update(stored.failed("by hand"))
+    with pytest.raises(Conflict):
+        first.complete()
+    second = begun(two)
+    second.start(3)
+    second.feed(b"xyz")
+    second.finish()
+    assert set(one.disk.ids()) == set()
+    assert content(two.disk, second.image.id) == b"xyz"
+    with pytest.raises(ImgsvcError):
+        one.service.open(second.image.id)
