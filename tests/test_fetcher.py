@@ -12,7 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from imgsvc.metadata.image import Image, Status
-from tests.flaky import FULL, LOST, UNKNOWN, Fault
+from tests.flaky import FULL, LOST, Fault
 from tests.images.helpers import content
 from tests.rooms import DiskPlace, Place, Rooms, wait_until
 from tests.source import Resource, Source
@@ -189,10 +189,9 @@ class TestTrouble:
         assert ended(running, image).error == str(fault.error)
         running.check_settled()
 
-    @pytest.mark.parametrize("fault", [LOST, UNKNOWN], ids=["lost", "unknown"])
-    def test_an_outage_before_its_turn(self, running: Rooms, source: Source, fault: Fault) -> None:
+    def test_an_outage_before_its_turn(self, running: Rooms, source: Source) -> None:
         """It waits for the records to come back, and is fetched then."""
-        running.faults.next("get", fault)
+        running.faults.next("get", LOST)
         image = submit(running, source.serve("/image", BODY))
         assert ended(running, image).status is Status.COMPLETE
 

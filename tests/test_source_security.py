@@ -19,11 +19,18 @@ BODY = b"a secret"
 LOOPBACK = ("127.0.0.0/8",)
 
 
-@pytest.fixture
-def source() -> Iterator[http.Source]:
+@pytest.fixture(scope="module")
+def shared_source() -> Iterator[http.Source]:
     with http.Source() as source:
         source.serve("/image", BODY)
         yield source
+
+
+@pytest.fixture
+def source(shared_source: http.Source) -> http.Source:
+    """One that nobody has asked yet."""
+    shared_source.exchanges.clear()
+    return shared_source
 
 
 def refused(url: str, networks: tuple[str, ...]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
@@ -17,9 +19,16 @@ from imgsvc.metadata.store import Member
 from imgsvc.transfer import Kind, Transfer
 from tests.flaky import FULL, LOST, UNKNOWN, Fault
 from tests.images.helpers import content, put
-from tests.rooms import SITE, Rooms, feed_and_finish, report_now, wait_until
+from tests.rooms import SITE, DiskPlace, Place, Rooms, feed_and_finish, report_now, wait_until
 
 GONE = Incomplete("the sender went away")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    """One kind of stores is enough here."""
+    with closing(DiskPlace(tmp_path)) as place:
+        yield place
 
 
 class TestReport:

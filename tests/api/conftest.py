@@ -11,6 +11,7 @@ import pytest
 from tornado.ioloop import IOLoop
 from tornado.web import Application
 
+from imgsvc.api import base
 from imgsvc.api.app import make_app
 from imgsvc.api.in_flight import InFlight
 from imgsvc.config import load
@@ -62,6 +63,12 @@ def service(io_loop: IOLoop, tmp_path: Path, environ: dict[str, str]) -> Iterato
         context.settle()
         yield service
         io_loop.run_sync(context.finish_background)
+
+
+@pytest.fixture(autouse=True)
+def _short_lull(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client here that has stopped sending has done so for good."""
+    monkeypatch.setattr(base, "LULL", 0.4)
 
 
 @pytest.fixture
