@@ -1,4 +1,4 @@
-"""What can be done with images, where two things happen at once."""
+"""What can be done with images, above all where two things happen at once."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from contextlib import closing
 import pytest
 from structlog.testing import capture_logs
 
-from imgsvc.errors import FetchFailed, NotFound, Unavailable
-from imgsvc.metadata.image import Image, ImageType, Status
+from imgsvc.errors import Conflict, FetchFailed, Invalid, NotFound, Unavailable
+from imgsvc.metadata.image import Image, ImageType, Status, new_id
 from tests.flaky import LOST, UNKNOWN, Fault
+from tests.left_behind import complete
 from tests.rooms import Rooms, wait_until
 
 
@@ -65,3 +66,77 @@ def test_a_source_in_the_last_moment_of_its_failing_fetch(rooms: Rooms) -> None:
         over.set()
         failing.result()
         assert asking.result().status is Status.PENDING
+
+
+class TestDrop:
+    def test_a_running_transfer(self, rooms: Rooms) -> None:
+        """Its owner is told to stop, and keeps the claim until it has."""
+        transfer = rooms.upload()
+        transfer.feed(b"some")
+        rooms.base.delete(transfer.image.id)
+        rooms.service.drop(transfer.image.id)
+        assert rooms.claims() == {transfer.image.id}
+        with pytest.raises(Conflict, match="deleted") as caught:
+            transfer.feed(b"more")
+        transfer.abort(caught.value)
+        rooms.check_settled()
+
+    def test_a_queued_fetch(self, rooms: Rooms) -> None:
+        """Its claim goes at once."""
+        image = rooms.queued()
+        rooms.base.delete(image.id)
+        rooms.service.drop(image.id)
+        rooms.check_settled()
+
+    def test_what_is_not_here(self, rooms: Rooms) -> None:
+        """Nobody minds, however often it is asked."""
+        for _ in range(2):
+            rooms.service.drop(new_id())
+
+    def test_a_disk_that_fails(self, rooms: Rooms) -> None:
+        """The deletion holds all the same; the log says what is left for the next start."""
+        image = complete(rooms)
+        rooms.faults.always("delete", "unclaim")
+        rooms.base.delete(image.id)
+        with capture_logs() as logs:
+            rooms.service.drop(image.id)
+        assert [line["image"] for line in logs if line["log_level"] == "error"] == [image.id]
+        rooms.faults.heal()
+        rooms.maintenance.start_sweep()
+        rooms.check_settled()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "",
+        "image",
+        "/image",
+        "//host/image",
+        "file:///etc/passwd",
+        "ftp://host/image",
+        "http://",
+        "http:///image",
+        "http://:80/",
+        "http://host:0/",
+        "http://host:port/",
+        "http://[::1/",
+        "http://host/a b",
+        "http://host/\n",
+        " http://host/",
+        "http://host/\x7f",
+    ],
+)
+def test_what_is_no_source(rooms: Rooms, source: str) -> None:
+    """Only an absolute http or https URL that names a host is fetched; of another nothing is kept."""
+    with pytest.raises(Invalid):
+        rooms.service.fetch(source, ImageType.KVM, "")
+    assert rooms.listed() == {}
+    rooms.check_settled()
+
+
+@pytest.mark.parametrize("source", ["http://h", "https://user:pw@h:8443/a?b#c", "HTTP://[::1]:80/", "http://h/\xe9"])
+def test_what_is_a_source(rooms: Rooms, source: str) -> None:
+    """It is kept as it was given."""
+    image = rooms.service.fetch(source, ImageType.KVM, "")
+    assert rooms.base.get_by_source(source) == image
