@@ -76,8 +76,10 @@ class Context:
         room = Room(self.images, self.settings.max_image_size, self.settings.disk_reserve.of)
         self.transfers = Transfers(self.images, self.records, room, settlements)
         self.fetcher = Fetcher(self.settings.fetch, self.images, self.records, self.transfers, settlements)
-        self.service = ImageService(self.images, self.records, self.transfers, self.fetcher, settlements)
         self._digests = Digests(self.images, self.records)
+        self.service = ImageService(
+            self.images, self.records, self.transfers, self.fetcher, settlements=settlements, digests=self._digests
+        )
         self._maintenance = Maintenance(self.images, self.records, self.fetcher, self._digests)
 
     def settle(self) -> None:

@@ -1,4 +1,5 @@
-"""Gives a digest to images that came without one: those of the Go program."""
+"""Reads whole images in the background: those that came without a digest get one, and those of which only the size
+speaks for them are held against the digest that their record has."""
 
 from __future__ import annotations
 
@@ -10,12 +11,12 @@ import threading
 import structlog
 
 from imgsvc.blocks import BLOCK
-from imgsvc.errors import ImgsvcError, Incomplete, Unavailable
+from imgsvc.errors import Conflict, ImgsvcError, Incomplete, Unavailable
 from imgsvc.images.store import ImageStore
-from imgsvc.metadata.image import Status
+from imgsvc.metadata.image import Image, Status
 from imgsvc.metadata.store import MetadataStore
 
-# Seconds before an image is tried again whose store did not answer.
+# Seconds before a metadata store that did not answer is asked again.
 _RETRY_INTERVAL = 5.0
 
 log = structlog.get_logger()
@@ -29,15 +30,34 @@ class Digests:
         self._images = images
         self._records = records
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        # Digests by image id, "" where none is computed yet.
+        self._waiting: dict[str, str] = {}
+        self._doubted: set[str] = set()
+        self._lock = threading.Lock()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="digests", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, image_id: str) -> None:
-        """Has the digest of a complete image, held here, computed and recorded. Returns at once."""
+    def submit(self, image_id: str, *, doubted: bool = False) -> None:
+        """Has a complete image that is stored here read. Returns at once.
+
+        A `doubted` one is not on record as held here: it is to be served only when its digest has been found right,
+        and is removed when it is wrong.
+        """
+        with self._lock:
+            if doubted:
+                self._doubted.add(image_id)
+            if image_id in self._waiting:
+                return
+            self._waiting[image_id] = ""
         self._queue.put(image_id)
+
+    def doubts(self, image_id: str) -> bool:
+        """Whether the image's bytes are still to be held against its digest."""
+        with self._lock:
+            return image_id in self._doubted
 
     def close(self) -> None:
         self._closing.set()
@@ -48,15 +68,46 @@ class Digests:
     def _work(self) -> None:
         while (image_id := self._queue.get()) is not None and not self._closing.is_set():
             try:
-                self._record(image_id, self._compute(image_id))
-            except Unavailable as error:
-                log.warning("digest waits", image=image_id, reason=str(error))
+                done = self._settle(image_id)
+            except Exception:  # a thread that dies would leave every later image without
+                log.exception("digest failed unexpectedly", image=image_id)
+                done = True
+            if done:
+                with self._lock:
+                    del self._waiting[image_id]
+            else:
                 self._queue.put(image_id)
                 self._closing.wait(_RETRY_INTERVAL)
-            except ImgsvcError as error:
-                log.info("digest not recorded", image=image_id, reason=str(error))
 
-    def _compute(self, image_id: str) -> str:
+    def _settle(self, image_id: str) -> bool:
+        """False when the metadata store has to be asked again. An image that cannot be read is left to the next
+        start: reading it again and again would not mend the disk."""
+        try:
+            image = self._records.get(image_id)
+            if image.status is Status.COMPLETE and (self.doubts(image_id) or not image.sha256):
+                sha256 = self._waiting[image_id] or self._computed(image_id)
+                if sha256:
+                    self._record(image, sha256)
+        except Unavailable as error:
+            log.warning("digest waits", image=image_id, reason=str(error))
+            return False
+        except ImgsvcError as error:
+            log.info("digest not recorded", image=image_id, reason=str(error))
+        return True
+
+    def _computed(self, image_id: str) -> str:
+        """Kept until it is recorded; "" when the image cannot be read."""
+        try:
+            sha256 = self._read(image_id)
+        except ImgsvcError as error:
+            if not self._closing.is_set():
+                log.error("image cannot be read", image=image_id, reason=str(error))
+            return ""
+        with self._lock:
+            self._waiting[image_id] = sha256
+        return sha256
+
+    def _read(self, image_id: str) -> str:
         reader = self._images.open(image_id)
         try:
             digest = hashlib.sha256()
@@ -70,8 +121,21 @@ class Digests:
             reader.close()
         return digest.hexdigest()
 
-    def _record(self, image_id: str, sha256: str) -> None:
-        image = self._records.get(image_id)
-        if image.status is Status.COMPLETE and not image.sha256:
-            self._records.update(dataclasses.replace(image, sha256=sha256))
-            log.info("digest recorded", image=image_id, sha256=sha256)
+    def _record(self, image: Image, sha256: str) -> None:
+        if not image.sha256:
+            try:
+                image = self._records.update(dataclasses.replace(image, sha256=sha256))
+                log.info("digest recorded", image=image.id, sha256=sha256)
+            except Conflict:
+                # Another member that holds it was quicker.
+                image = self._records.get(image.id)
+        if image.status is not Status.COMPLETE:
+            return
+        if image.sha256 == sha256:
+            self._records.hold(image.id)
+        else:
+            log.error("image removed here: its digest is wrong", image=image.id, sha256=sha256, wanted=image.sha256)
+            self._records.release(image.id)
+            self._images.delete(image.id)
+        with self._lock:
+            self._doubted.discard(image.id)

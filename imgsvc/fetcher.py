@@ -75,7 +75,7 @@ class Fetcher:
         while (image_id := self._queue.get()) is not None and not self._stopping.is_set():
             with structlog.contextvars.bound_contextvars(image=image_id):
                 try:
-                    if (image := self._wait_for_record(image_id)) is not None:
+                    if (image := self._record(image_id)) is not None:
                         self._fetch(image)
                 except Exception:  # a thread that dies would leave every later image pending
                     log.exception("fetch failed unexpectedly")
@@ -103,20 +103,20 @@ class Fetcher:
             with self._lock:
                 self._running.discard(transfer)
 
-    def _wait_for_record(self, image_id: str) -> Image | None:
+    def _record(self, image_id: str) -> Image | None:
         """The record, now that its turn has come; None when the image need not be fetched any more."""
-        while not self._stopping.is_set():
-            try:
-                image = self._records.get(image_id)
-            except NotFound:
-                self._images.unclaim(image_id)
-                return None
-            except Unavailable as error:
-                log.warning("fetch waits for the metadata store", reason=str(error))
-                self._stopping.wait(_RETRY_INTERVAL)
-            else:
-                return image if image.status is Status.PENDING else None
-        return None
+        try:
+            image = self._records.get(image_id)
+        except NotFound:
+            self._images.unclaim(image_id)
+            return None
+        except Unavailable as error:
+            # To the end of the queue: it may be this record alone that cannot be read.
+            log.warning("fetch waits for the metadata store", reason=str(error))
+            self._queue.put(image_id)
+            self._stopping.wait(_RETRY_INTERVAL)
+            return None
+        return image if image.status is Status.PENDING else None
 
     def _read(self, url: str, transfer: Transfer) -> None:
         intake = _Intake(self._transfers, transfer)

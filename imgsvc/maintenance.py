@@ -113,11 +113,13 @@ class Maintenance:
             if size != image.size:
                 self._lost(image, f"its file has {size} bytes, and the image {image.size}")
                 return
-            if not entry.here:
+            if image.sha256 and not entry.here:
+                # A size is not enough to vouch for what has a digest.
+                self._digests.submit(image.id, doubted=True)
+            elif not image.sha256:
                 # One that another member has deleted since is told of once the sweep is over.
                 with contextlib.suppress(NotFound):
                     self._records.hold(image.id)
-            if not image.sha256:
                 self._digests.submit(image.id)
         elif entry.here:
             self._lost(image, "its file is missing")

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import structlog
 
+from imgsvc.digests import Digests
 from imgsvc.errors import Conflict, Elsewhere, ImgsvcError, Invalid, NotComplete, NotFound, SourceTaken, Unavailable
 from imgsvc.fetcher import Fetcher
 from imgsvc.images.store import ImageReader, ImageStore
@@ -35,13 +36,16 @@ class ImageService:
         records: MetadataStore,
         transfers: Transfers,
         fetcher: Fetcher,
+        *,
         settlements: Settlements,
+        digests: Digests,
     ) -> None:
         self._images = images
         self._records = records
         self._transfers = transfers
         self._fetcher = fetcher
         self._settlements = settlements
+        self._digests = digests
         self._fetching_again = threading.Lock()
 
     def list(self, image_type: ImageType | None) -> Iterator[Sequence[Image]]:
@@ -112,7 +116,7 @@ class ImageService:
         if image.status is not Status.COMPLETE:
             raise NotComplete(f"image {image.id} is not complete")
         try:
-            reader = self._images.open(image.id)
+            reader = self._open_bytes(image.id)
         except NotFound as missing:
             holders = self._records.holders(image.id)
             if holders:
@@ -124,6 +128,11 @@ class ImageService:
             log.error("bytes of a complete image have changed", image=image.id, bytes=reader.size, size=image.size)
             raise Unavailable(f"the image has {reader.size} bytes on the disk, and should have {image.size}")
         return image, reader
+
+    def _open_bytes(self, image_id: str) -> ImageReader:
+        if self._digests.doubts(image_id):
+            raise NotFound("the digest of these bytes has not been found right yet")
+        return self._images.open(image_id)
 
     def _fetch_if_created(self, image_id: str) -> None:
         """After a `create` of which nobody knows whether it succeeded."""

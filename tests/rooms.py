@@ -58,8 +58,10 @@ class Rooms:
             concurrency=concurrency, connect_timeout=1.0, stall_timeout=stall_timeout, deny_networks=()
         )
         self.fetcher = Fetcher(settings, self.images, self.records, self.transfers, self.settlements)
-        self.service = ImageService(self.images, self.records, self.transfers, self.fetcher, self.settlements)
         self.digests = Digests(self.images, self.records)
+        self.service = ImageService(
+            self.images, self.records, self.transfers, self.fetcher, settlements=self.settlements, digests=self.digests
+        )
         self.maintenance = Maintenance(self.images, self.records, self.fetcher, self.digests)
 
     def start(self) -> None:

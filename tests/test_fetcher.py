@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from imgsvc.errors import Unavailable
 from imgsvc.metadata.image import Image, Status
 from tests.flaky import FULL, LOST, Fault
 from tests.images.helpers import content
@@ -179,6 +180,25 @@ class TestTrouble:
         with capture_logs():
             submit(running, source.serve("/image", BODY))
             assert ended(running, submit(running, source.serve("/other", BODY))).status is Status.COMPLETE
+
+    def test_a_record_that_cannot_be_read(
+        self, rooms: Rooms, source: Source, start: Callable[..., Rooms], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It does not keep the one thread from the images behind it."""
+        monkeypatch.setattr("imgsvc.fetcher._RETRY_INTERVAL", 0.05)
+        spoilt = rooms.queued("http://source.example/spoilt")
+        get = rooms.base.get
+
+        def spoilt_get(image_id: str) -> Image:
+            if image_id == spoilt.id:
+                raise Unavailable("the record of this image cannot be read")
+            return get(image_id)
+
+        rooms.base.get = spoilt_get  # type: ignore[method-assign]  # as a store does for what somebody has spoilt
+        running = start(rooms)
+        running.fetcher.submit(spoilt.id)
+        image = submit(running, source.serve("/image", BODY))
+        assert ended(running, image).status is Status.COMPLETE
 
     @pytest.mark.parametrize("fault", [LOST, FULL], ids=["lost", "full"])
     @pytest.mark.parametrize("call", ["delete", "writer", "space", "write", "commit"])

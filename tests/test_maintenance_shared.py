@@ -87,8 +87,8 @@ class TestOwners:
 
 class TestHolders:
     def test_bytes_that_the_record_does_not_know_of(self, rooms: Rooms, records: SharedRecords) -> None:
-        """A directory that was brought here holds its images from now on."""
-        image = complete(rooms)
+        """A directory that was brought here, as from the Go program, holds its images from now on."""
+        image = complete(rooms, sha256="")
         records.holding.clear()
         rooms.maintenance.start_sweep()
         assert records.holding == {image.id: {rooms.disk.member}}
@@ -129,7 +129,7 @@ class TestHolders:
     @pytest.mark.parametrize("held", [True, False], ids=["lost here", "brought here"])
     def test_deleted_by_another_meanwhile(self, rooms: Rooms, records: SharedRecords, *, held: bool) -> None:
         """A record that goes in the middle of the sweep does not stop the start."""
-        image = complete(rooms)
+        image = complete(rooms, sha256=None if held else "")
         if held:
             rooms.disk.delete(image.id)
         else:
@@ -185,7 +185,8 @@ class Everything:
         self.upload, self.committed = interrupted(rooms, b"some"), committed(rooms)
         self.fetch = interrupted(rooms, b"some", source="http://source.example/1")
         self.committed_fetch = committed(rooms, source="http://source.example/2")
-        self.whole, self.lost, self.moved, self.brought = (complete(rooms) for _ in range(4))
+        self.whole, self.lost, self.moved = (complete(rooms) for _ in range(3))
+        self.brought = complete(rooms, sha256="")
         images.delete(self.lost.id)
         images.delete(self.moved.id)
         self.records.holding[self.moved.id].add(OTHER.id)

@@ -60,8 +60,8 @@ class DeletionWatch:
         """One watch; `_next` is where the one after it begins."""
         current = self._revision()
         if self._next is None:
-            self._next = current + 1
             self._tell(self._gap)
+            self._next = current + 1
         start = self._layout.images
         for key, revision in self._etcd.deletions(start, end_of(start), self._next, _WATCH_SECONDS, self._stop):
             image_id, name = self._layout.split(key)
@@ -78,7 +78,10 @@ class DeletionWatch:
         self._reachable = False
 
     def _tell(self, callback: Callable[..., None], *arguments: str) -> None:
+        """Raises what store trouble the listener has, so that a gap is told again."""
         try:
             callback(*arguments)
+        except ImgsvcError:
+            raise
         except Exception:  # noqa: BLE001 - whatever is wrong with the listener, it shall hear of the next one
             _log.exception("listener to deletions failed")

@@ -89,7 +89,7 @@ class MetadataStore(Protocol):
 
     def follow_deletions(self, deleted: Callable[[str], None], gap: Callable[[], None]) -> None:
         """From now on, in a thread of the store's own, until `close`: calls `deleted(id)` within five seconds of any member's
-        deletion of a record, and `gap()` when some may have been missed. A store that no other process shares
+        deletion of a record, and `gap()` when some may have been missed, again and again until it does not raise. A store that no other process shares
         calls neither."""
 
     def ping(self) -> None:

@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing
 
 import pytest
 
+from imgsvc.errors import Unavailable
 from imgsvc.etcd import Etcd
 from imgsvc.metadata.etcd import EtcdMetadataStore
 from imgsvc.metadata.store import MetadataStore
@@ -141,6 +142,21 @@ class TestOutages:
         deleted = created_and_deleted(other)
         listener.wait_for(deleted)
         assert listener.told == ["gap", deleted]
+
+    def test_a_gap_that_could_not_be_made_up(self, etcd_cluster: EtcdCluster, store: OwnedEtcdStore) -> None:
+        """Who compares bytes and records meets the next outage: the gap is told until that has worked."""
+        failures, told = iter([Unavailable("again"), Unavailable("and again")]), threading.Event()
+
+        def gap() -> None:
+            if (failure := next(failures, None)) is not None:
+                raise failure
+            told.set()
+
+        for i in range(3):
+            etcd_cluster.kill(i)
+        store.follow_deletions(lambda _image_id: None, gap)
+        etcd_cluster.restore()
+        assert told.wait(PROMISED_SECONDS + 2)
 
 
 def test_a_compaction(etcd_cluster: EtcdCluster, other: OwnedEtcdStore, etcd_prefix: str, listener: Listener) -> None:
