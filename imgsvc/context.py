@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 from imgsvc.digests import Digests
 from imgsvc.errors import ConfigError
 from imgsvc.fetcher import Fetcher
+from imgsvc.images.directory import sync_directory
 from imgsvc.images.filesystem import FilesystemImageStore
 from imgsvc.images.memory import MemoryImageStore
 from imgsvc.images.store import ImageStore
@@ -60,12 +61,12 @@ class Context:
             self.ends_pool = _opened(opened, Pool("ends", 16, limit=_ANSWER_SECONDS))
             self.reads_pool = _opened(opened, Pool("reads", 8))
             self.bytes_pool = _opened(opened, Pool("bytes", 8))
-            self.health_pool = _opened(opened, Pool("health", 2))
+            self.health_pool = _opened(opened, Pool("health", 2, patience=1.5))
             self.images = _opened(opened, _open_images(settings))
             member = Member(
                 id=self.images.member,
                 site=f"{socket.gethostname()}:{self.images.place}",
-                url=f"http://{settings.host or socket.gethostname()}:{port}",
+                url=f"http://{_reachable(settings.host)}:{port}",
             )
             self.records = _open_records(settings, member, self.images, opened)
             self._wire()
@@ -126,6 +127,13 @@ class Context:
             self._maintenance.reconcile()
 
 
+def _reachable(host: str) -> str:
+    """What other hosts may find in a URL for the address that the service listens on."""
+    if host in ("", "0.0.0.0", "::"):  # noqa: S104 - compared, not listened on
+        return socket.gethostname()
+    return f"[{host}]" if ":" in host else host
+
+
 def _opened(stack: contextlib.ExitStack, thing: Closing) -> Closing:
     stack.callback(thing.close)
     return thing
@@ -184,6 +192,8 @@ def _make_data_dir(settings: Settings) -> None:
     inside = (settings.image_store.directory, settings.metadata_store.filename)
     if any(path.parent == settings.data_dir for path in inside):
         try:
-            settings.data_dir.mkdir(exist_ok=True)
+            if not settings.data_dir.exists():
+                settings.data_dir.mkdir()
+                sync_directory(settings.data_dir.parent)
         except OSError as error:
             raise ConfigError(f"dataDir {settings.data_dir} cannot be made: {error.strerror}") from error

@@ -319,7 +319,8 @@ class Etcd:
             return Compacted(said)
         if code is grpc.StatusCode.NOT_FOUND:
             return LeaseLost(said)
-        if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        # etcd has no code of its own for its full database, and uses this one also for too many requests.
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "space" in (error.details() or ""):
             return NoSpace(said)
         return Unavailable(said)
 

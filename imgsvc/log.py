@@ -6,16 +6,14 @@ import contextlib
 import json
 import logging
 import os
+import select
 import sys
 import threading
 from collections.abc import MutableMapping
 from types import TracebackType
 from typing import Any, TextIO, cast
-from urllib.parse import urlsplit, urlunsplit
 
 import structlog
-
-_HIDDEN = "***"
 
 _encode = json.JSONEncoder(separators=(",", ":"), default=str).encode
 
@@ -46,30 +44,30 @@ def setup(level: str, log_format: str) -> None:
     _catch_uncaught()
 
 
-def redact(url: str) -> str:
-    """The URL without what may be a secret, for logs: no user, no password, no query, no fragment."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return _HIDDEN
-    if not parts.netloc:
-        return _HIDDEN
-    _, user, host = parts.netloc.rpartition("@")
-    netloc = f"{_HIDDEN}@{host}" if user else host
-    query = _HIDDEN if parts.query or parts.fragment else ""
-    return urlunsplit((parts.scheme, netloc, parts.path, query, ""))
+# How long the rest of a long line may take.
+_MOMENT_MS = 100
 
 
 class _Stderr:
-    """Takes lines and never raises: where the disk or the pipe behind it takes no more, a line is lost, and no image
-    with it. Unbuffered, so that none is left to fail when the process ends."""
+    """Takes lines, and neither raises nor waits: where the disk or the pipe behind it takes no more, a line is lost,
+    and no image with it. Unbuffered, so that none is left to fail when the process ends."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        self._lock = threading.Lock()
+        self._room = select.poll()
+        self._room.register(descriptor, select.POLLOUT)
 
     def write(self, line: str) -> None:
-        with contextlib.suppress(OSError):
-            os.write(self._descriptor, line.encode(errors="backslashreplace"))
+        data = line.encode(errors="backslashreplace")
+        with self._lock, contextlib.suppress(OSError):
+            # A pipe that has room takes so much at once; whoever reads it may need a moment for the rest.
+            patience = 0
+            for start in range(0, len(data), select.PIPE_BUF):
+                if not self._room.poll(patience):
+                    return
+                os.write(self._descriptor, data[start : start + select.PIPE_BUF])
+                patience = _MOMENT_MS
 
     def flush(self) -> None: ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -20,8 +21,8 @@ T = TypeVar("T")
 class Pool:
     """`size` threads for one kind of work, so that no kind can starve another.
 
-    With `patience`, in seconds, work that had to wait longer for a thread is not begun: when a store hangs, those who
-    queue behind it are told at once, and not each after the other. With `limit`, in seconds, what waits for a store
+    With `patience`, in seconds, work that has waited so long for a thread is given up: when a store hangs, those who
+    queue behind it are told, whether a thread becomes free or not. With `limit`, in seconds, what waits for a store
     that may hang gives up by then, counted from when it was asked for.
     """
 
@@ -37,14 +38,13 @@ class Pool:
         context = contextvars.copy_context()
         now = time.monotonic()
         context.run(set_deadline, now + self._limit)
-        latest = now + self._patience
-
-        def call() -> T:
-            if time.monotonic() > latest:
+        work = self._executor.submit(context.run, functools.partial(function, *args, **kwargs))
+        result = asyncio.wrap_future(work)
+        if self._patience < math.inf:
+            done, _ = await asyncio.wait({result}, timeout=self._patience)
+            if not done and work.cancel():  # which works only for what has not begun
                 raise Unavailable("the service is busy, or waits for a store that does not answer")
-            return context.run(function, *args, **kwargs)
-
-        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+        return await result
 
     def close(self) -> None:
         """Returns when what is running has ended; what waits is dropped."""

@@ -51,8 +51,8 @@ class Settlements:
         self.later(image_id, lambda: self._discard(image_id))
 
     def settle(self, image_id: str, step: Callable[[], T]) -> T:
-        """Takes the step and returns its result. Raises what it raises; after Unavailable, NoSpace or a mistake of
-        ours it is taken again by `retry`."""
+        """Takes the step and returns its result. Raises what it raises; after Unavailable or NoSpace it is taken again
+        by `retry` until it works, and once more after a mistake of ours."""
         try:
             return step()
         except (NotFound, Conflict):
@@ -94,6 +94,8 @@ class Settlements:
                 return
             except ImgsvcError as error:
                 log.info("settled otherwise", image=image_id, reason=str(error))
+            except Exception:  # a mistake of ours: a third time would be no better, and the next start finds it
+                log.exception("not settled", image=image_id)
             else:
                 log.info("settled", image=image_id)
             with self._lock:

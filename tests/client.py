@@ -160,6 +160,10 @@ class Connection:
         """Up to `length` bytes, b"" at the end."""
         return self._file.read1(length)
 
+    def read_to_the_end(self) -> bytes:
+        """All that comes until the other side closes."""
+        return b"".join(iter(lambda: self.recv(1 << 16), b""))
+
     def readable(self, timeout: float) -> bool:
         """Whether something has arrived, the end included."""
         return bool(select.select([self._socket], [], [], timeout)[0])

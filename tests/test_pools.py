@@ -168,3 +168,22 @@ def test_closing() -> None:
     pool = Pool("test", 1)
     asyncio.run(asked())
     assert done == ["first"]
+
+
+async def hung_threads(pool: Pool, free: threading.Event, waiting: int) -> list[BaseException | int]:
+    """What becomes of so many calls, asked for while the pool's threads hang."""
+    hanging = [asyncio.ensure_future(pool.run(free.wait)) for _ in range(2)]
+    await asyncio.sleep(0.05)
+    try:
+        async with asyncio.timeout(3):
+            return await asyncio.gather(*(pool.run(int, "7") for _ in range(waiting)), return_exceptions=True)
+    finally:
+        free.set()
+        await asyncio.gather(*hanging)
+
+
+def test_who_queues_behind_threads_that_hang_is_told() -> None:
+    """Although no thread ever becomes free; and nothing of it is done later."""
+    with closing(Pool("hung", 2, patience=0.2)) as pool:
+        outcomes = asyncio.run(hung_threads(pool, threading.Event(), 5))
+    assert [type(outcome) for outcome in outcomes] == [Unavailable] * 5

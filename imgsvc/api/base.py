@@ -36,6 +36,8 @@ LINGER = 5.0
 LULL = 1.0
 # What the log says of a request whose client left before the answer.
 CLIENT_LEFT = 499
+# And of one whose connection we ended before its answer was whole.
+CUT = 599
 
 _LENGTH = re.compile(r"[0-9]{1,100}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
@@ -204,6 +206,11 @@ class BaseHandler(RequestHandler):
     def cut(self) -> None:
         """Ends the connection so that nobody takes what was sent for a whole answer."""
         self._connection.close()
+        self._leave(CUT)
+
+    def decode_argument(self, value: bytes, name: str | None = None) -> str:
+        """What is no UTF-8 in a path names nothing that we have."""
+        return value.decode("utf-8", "replace") if name is None else super().decode_argument(value, name)
 
     def send_error(self, status_code: int = 500, **kwargs: Any) -> None:
         if self._headers_written:
@@ -213,6 +220,8 @@ class BaseHandler(RequestHandler):
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         _, error, _ = kwargs.get("exc_info") or (None, HTTPError(status_code), None)
+        if status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            error = HTTPError(self.otherwise)  # a method that nobody knows has not got as far as a path of ours
         self._write_error_document(error)
         self.finish()
 
@@ -225,7 +234,8 @@ class BaseHandler(RequestHandler):
 
     def write(self, chunk: str | bytes | dict[str, Any]) -> None:
         data = chunk.encode() if isinstance(chunk, str) else chunk
-        self._bytes_out += len(data)
+        if self.request.method != "HEAD":
+            self._bytes_out += len(data)
         super().write(data)
 
     def on_finish(self) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from imgsvc.api.base import BaseHandler
 from imgsvc.errors import Unavailable
+
+# Seconds, for a disk that hangs does not fail.
+_PATIENCE = 5.0
 
 
 class HealthHandler(BaseHandler):
@@ -29,7 +34,10 @@ class ReadyHandler(HealthHandler):
             ("metadata store", self.context.records.ping),
         ):
             try:
-                await self.context.health_pool.run(ping)
+                async with asyncio.timeout(_PATIENCE):
+                    await self.context.health_pool.run(ping)
+            except TimeoutError as error:
+                raise Unavailable(f"{name}: no answer for {_PATIENCE:g} seconds") from error
             except Unavailable as error:
                 raise Unavailable(f"{name}: {error}") from error
         self.write('{"status":"ready"}\n')

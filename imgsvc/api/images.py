@@ -49,6 +49,10 @@ class ImagesHandler(ImageAnswer):
                 if self.request.method == "HEAD":
                     return  # the headers have gone, and are the same however long the list
         self.write("]\n")
+        if self.request.version == "HTTP/1.0" and self._headers_written:
+            # No length, and no chunks in HTTP/1.0: only the connection's end says that this is all.
+            await self.finish()
+            self._connection.close()
 
     head = get
 

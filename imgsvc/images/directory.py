@@ -28,7 +28,7 @@ class Directory:
         self._path = path.absolute()
         if not self._path.exists():
             self._path.mkdir(_DIRECTORY_MODE)
-            _sync_path(self._path.parent)
+            sync_directory(self._path.parent)
         self._descriptor: int | None = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             # The kernel lets go of it with the descriptor, so a killed process leaves no lock behind.
@@ -113,7 +113,8 @@ def write_all(descriptor: int, block: bytes | bytearray | memoryview) -> None:
         rest = rest[os.write(descriptor, rest) :]
 
 
-def _sync_path(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Brings the names in a directory onto the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

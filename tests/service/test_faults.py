@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sqlite3
 import threading
@@ -349,6 +350,28 @@ def test_a_reset_in_a_large_list(start_service: StartService, many_images: Path)
     assert service.cpu_seconds() - busy < 0.2
     assert service.get("/healthz").status == 200
     assert len(service.images("?type=container")) == 0
+
+
+def test_a_large_list_that_nobody_reads_is_over(start_service: StartService, many_images: Path) -> None:
+    """It is cut, has its line in the log, and the end of the service does not wait for it."""
+    service = start_service(many_images, idle_timeout=1, shutdown_timeout=20)
+    with Connection(service.port, receive_buffer=4096) as silent:
+        silent.send("GET /images HTTP/1.1\r\nHost: x\r\n\r\n")
+        wait_for(lambda: service.events("request", path="/images"), 10, "the request is over")
+    (line,) = service.events("request", path="/images")
+    assert line["status"] == 599
+    began = time.monotonic()
+    assert service.terminate() == 0
+    assert time.monotonic() - began < 5
+
+
+def test_a_large_list_in_http_1_0(start_service: StartService, many_images: Path) -> None:
+    """It has no length and no chunks, so the connection ends with it, whatever the client asked for."""
+    service = start_service(many_images)
+    with Connection(service.port) as connection:
+        connection.send("GET /images HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
+        _, body = connection.read_to_the_end().split(b"\r\n\r\n", 1)
+    assert len(json.loads(body)) == 20_000
 
 
 def test_the_head_of_a_large_list(start_service: StartService, many_images: Path) -> None:

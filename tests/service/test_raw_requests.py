@@ -230,3 +230,20 @@ def test_sixty_four_uploads_at_once(start_service: StartService) -> None:
     with ThreadPoolExecutor(64) as pool:
         list(pool.map(upload, range(64)))
     assert service.memory("VmHWM") < 400 * MIB
+
+
+@pytest.mark.parametrize(
+    ("request_line", "status", "message"),
+    [
+        ("GET /images/%ff", 404, "image not found"),
+        ("GET /images/%ff/download", 404, "image not found"),
+        ("BREW /nowhere", 404, "not found"),
+        ("BREW /images", 405, "method not allowed"),
+    ],
+)
+def test_what_no_handler_was_asked_for(connection: Connection, request_line: str, status: int, message: str) -> None:
+    """A path that is no UTF-8 names no image, and a path that is not there has no methods."""
+    connection.send(f"{request_line} HTTP/1.1\r\nHost: x\r\n\r\n")
+    answer = connection.answer()
+    assert (answer.status, answer.message) == (status, message)
+    assert (answer.headers["Allow"] is not None) == (status == 405)
