@@ -69,6 +69,10 @@ class IdleTimeout(Incomplete):
     """The other side was silent for too long."""
 
 
+class WrongDigest(ImgsvcError):
+    """The bytes are not those that the sender said they would be."""
+
+
 class FetchFailed(ImgsvcError):
     """The source could not be fetched; the text says why."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import threading
 import time
@@ -57,23 +58,24 @@ class ImageService:
         _require_id(image_id)
         return self._records.get(image_id)
 
-    def upload(self, image_type: ImageType, comment: str, expected_size: int) -> Transfer:
+    def upload(self, image_type: ImageType, comment: str, expected_size: int, expected_sha256: str = "") -> Transfer:
         """Begins an upload: the caller feeds the transfer, and finishes or aborts it. Raises TooLarge, NoSpace."""
-        return self._transfers.upload(image_type, comment, expected_size)
+        return self._transfers.upload(image_type, comment, expected_size, expected_sha256)
 
-    def fetch(self, source: str, image_type: ImageType, comment: str) -> Image:
+    def fetch(self, source: str, image_type: ImageType, comment: str, expected_sha256: str = "") -> Image:
         """The image of this source: a new one, pending; the one that there is; or that one, pending again, when it
-        had ended in error. Raises Invalid unless the source is an absolute http(s) URL."""
+        had ended in error. What is fetched by this call must have the digest `expected_sha256`, unless that is "".
+        Raises Invalid unless the source is an absolute http(s) URL."""
         check_source(source)
         while True:
-            image = Image(id=new_id(), type=image_type, source=source, comment=comment)
+            image = Image(id=new_id(), type=image_type, source=source, comment=comment, expected_sha256=expected_sha256)
             self._images.claim(image.id)
             try:
                 image = self._records.create(image)
             except SourceTaken as taken:
                 self._images.unclaim(image.id)
                 with contextlib.suppress(NotFound):  # deleted since: the source is free again
-                    return self._fetch_again(taken.image)
+                    return self._fetch_again(taken.image, expected_sha256)
             except Unavailable:
                 # It may be stored, and its source be answered with it from now on; so it is not taken away again.
                 self._settlements.later(image.id, functools.partial(self._fetch_if_created, image.id))
@@ -146,7 +148,7 @@ class ImageService:
             if image.status is Status.PENDING:
                 self._fetcher.submit(image_id)
 
-    def _fetch_again(self, image: Image) -> Image:
+    def _fetch_again(self, image: Image, expected_sha256: str) -> Image:
         """The image of a taken source; one in error is fetched again, once however many ask."""
         if image.status is not Status.ERROR:
             return image
@@ -157,8 +159,9 @@ class ImageService:
             if image.status is not Status.ERROR or self._transfers.is_known(image.id):
                 return image
             self._images.claim(image.id)
+            wanted = dataclasses.replace(image.requeued(), expected_sha256=expected_sha256)
             try:
-                return self._settlements.settle(image.id, lambda: self._requeue(image))
+                return self._settlements.settle(image.id, lambda: self._requeue(wanted))
             except Conflict:
                 return self._records.get(image.id)
 
@@ -170,7 +173,7 @@ class ImageService:
 
     def _requeue(self, image: Image) -> Image:
         try:
-            image = self._records.update(image.requeued())
+            image = self._records.update(image)
         except (NotFound, Conflict):
             self._images.unclaim(image.id)
             raise

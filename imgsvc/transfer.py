@@ -14,7 +14,7 @@ from enum import StrEnum
 
 import structlog
 
-from imgsvc.errors import Conflict, ImgsvcError, Incomplete, NotFound, Stopping, Unavailable
+from imgsvc.errors import Conflict, ImgsvcError, Incomplete, NotFound, Stopping, Unavailable, WrongDigest
 from imgsvc.images.store import ImageWriter
 from imgsvc.metadata.image import UNKNOWN_SIZE, Image
 from imgsvc.metadata.store import MetadataStore
@@ -114,13 +114,14 @@ class Transfer:
         return self.complete()
 
     def commit(self) -> None:
-        """Puts the image on the disk for good. Raises as `feed` does, and Incomplete when bytes are missing; the owner
-        then calls `abort`, and else `complete`."""
+        """Puts the image on the disk for good. Raises as `feed` does, Incomplete when bytes are missing, and
+        WrongDigest when they are not those that were expected; the owner then calls `abort`, and else `complete`."""
         with self._bytes:
             self._check_running()
             expected = self.image.expected_size
             if expected != UNKNOWN_SIZE and self.size < expected:
                 raise Incomplete(f"{expected} bytes were announced, and only {self.size} came")
+            self._check_digest()
             self._writer.commit()
             self._over = True
 
@@ -198,6 +199,11 @@ class Transfer:
             raise self.cancelled
         if self._over:
             raise Stopping("the transfer is over")
+
+    def _check_digest(self) -> None:
+        wanted, found = self.image.expected_sha256, self._digest.hexdigest()
+        if wanted and wanted != found:
+            raise WrongDigest(f"the bytes have the SHA-256 {found}, and were to have {wanted}")
 
     def _close_writer(self) -> bool:
         """Ends the intake and drops its bytes; False when it had ended before."""

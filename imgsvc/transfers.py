@@ -40,11 +40,12 @@ class Transfers:
             self._thread.join()
         self._settlements.retry()
 
-    def upload(self, image_type: ImageType, comment: str, expected_size: int) -> Transfer:
-        """Begins an upload of `expected_size` bytes, or UNKNOWN_SIZE. Raises TooLarge, NoSpace or Unavailable; then
-        nothing is left of it."""
+    def upload(self, image_type: ImageType, comment: str, expected_size: int, expected_sha256: str = "") -> Transfer:
+        """Begins an upload of `expected_size` bytes, or UNKNOWN_SIZE, that must have the digest `expected_sha256`
+        unless that is "". Raises TooLarge, NoSpace or Unavailable; then nothing is left of it."""
         self.admit(expected_size)
-        image = Image(id=new_id(), type=image_type, comment=comment).started(expected_size)
+        image = Image(id=new_id(), type=image_type, comment=comment, expected_sha256=expected_sha256)
+        image = image.started(expected_size)
         transfer = self._begin(image, Kind.UPLOAD)
         transfer.create()
         return transfer

@@ -16,6 +16,7 @@ _STATUS: tuple[tuple[type[errors.ImgsvcError], HTTPStatus], ...] = (
     (errors.TooLarge, HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
     (errors.NotFound, HTTPStatus.NOT_FOUND),
     (errors.Conflict, HTTPStatus.CONFLICT),
+    (errors.WrongDigest, HTTPStatus.UNPROCESSABLE_ENTITY),
     (errors.NoSpace, HTTPStatus.INSUFFICIENT_STORAGE),
     (errors.Unavailable, HTTPStatus.SERVICE_UNAVAILABLE),
     (errors.Stopping, HTTPStatus.SERVICE_UNAVAILABLE),

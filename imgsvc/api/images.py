@@ -10,6 +10,7 @@ from typing import Any
 import structlog
 
 from imgsvc.api.base import BaseHandler, own_error
+from imgsvc.api.digest_fields import announced_digest, digest_in_hex
 from imgsvc.api.upload import Upload
 from imgsvc.blocks import BLOCK
 from imgsvc.errors import IdleTimeout, ImgsvcError, Incomplete, Invalid
@@ -83,9 +84,8 @@ class ImagesHandler(ImageAnswer):
 
     async def post(self) -> None:
         """Has a source fetched."""
-        source, image_type, comment = _fetch_request(bytes(self.body))
-        service = self.context.service
-        image = await self.context.records_pool.run(service.fetch, source, image_type, comment)
+        wanted = _fetch_request(bytes(self.body))
+        image = await self.context.records_pool.run(self.context.service.fetch, *wanted)
         self.write_image(image, HTTPStatus.ACCEPTED)
 
     async def _begin_upload(self) -> Upload:
@@ -93,8 +93,9 @@ class ImagesHandler(ImageAnswer):
         image_type = _image_type(headers.get("X-Image-Type", ""), "invalid X-Image-Type header")
         # Tornado hands headers over as latin-1; the wire contract has UTF-8 in this one.
         comment = headers.get("X-Image-Comment", "").encode("latin-1", "replace").decode("utf-8", "replace")
-        service = self.context.service
-        transfer = await self.context.records_pool.run(service.upload, image_type, comment, self.announced_length())
+        transfer = await self.context.records_pool.run(
+            self.context.service.upload, image_type, comment, self.announced_length(), announced_digest(headers)
+        )
         upload = Upload(transfer, self.context.bytes_pool, self.context.ends_pool, self.give_up)
         if self._connection.stream.closed():
             await upload.abort(Incomplete("the sender went away before the first byte"))
@@ -163,8 +164,8 @@ def _next_page(pages: Iterator[Sequence[Image]]) -> str | None:
     return None
 
 
-def _fetch_request(body: bytes) -> tuple[str, ImageType, str]:
-    """Source, type and comment out of a POST's body. Raises Invalid, which says what is wrong with it."""
+def _fetch_request(body: bytes) -> tuple[str, ImageType, str, str]:
+    """Source, type, comment and expected digest out of a POST's body. Raises Invalid, which says what is wrong."""
     try:
         document = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -174,7 +175,9 @@ def _fetch_request(body: bytes) -> tuple[str, ImageType, str]:
     source = _text(document, "source")
     if not source:
         raise Invalid("missing image source")
-    return source, _image_type(_text(document, "type"), "invalid image type"), _text(document, "comment")
+    image_type = _image_type(_text(document, "type"), "invalid image type")
+    sha256 = _text(document, "sha256")
+    return source, image_type, _text(document, "comment"), sha256 and digest_in_hex(sha256, "sha256")
 
 
 def _text(document: dict[str, Any], key: str) -> str:

@@ -16,6 +16,7 @@ UNKNOWN_SIZE = -1
 # Go writes the zero time for one that has not happened, and its clients cannot decode anything else in its place.
 _NEVER = "0001-01-01T00:00:00Z"
 _TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?(Z|[+-]\d\d:\d\d)")
+_SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
 _ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
 
@@ -41,9 +42,19 @@ def is_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None
 
 
+def sha256_in_hex(text: str) -> str:
+    """The digest as records have it, in lower case. Raises ValueError unless text is a SHA-256 in hex."""
+    if _SHA256.fullmatch(text) is None:
+        raise ValueError(f"not a SHA-256 in hex: {text!r}")
+    return text.lower()
+
+
 @dataclass(frozen=True, slots=True)
 class Image:
     """What is known about one image. Sizes are bytes; a time is UTC, or None when it has not happened yet.
+
+    `sha256` is the digest of the stored bytes, "" until they are complete; `expected_sha256` is what the sender said
+    that it must be, "" when nobody did.
 
     `revision` is the store's: it says which state of the record this is, and a store's `update` compares it. It is
     not part of the document.
@@ -60,6 +71,7 @@ class Image:
     download_end: datetime | None = None
     sha256: str = ""
     error: str = ""
+    expected_sha256: str = ""
     revision: int = 0
 
     @property
@@ -116,7 +128,7 @@ class Image:
 
     def to_document(self) -> dict[str, Any]:
         """The record as the wire contract has it: the Go program's keys in their order, then the new ones."""
-        return {
+        document = {
             "id": self.id,
             "source": self.source,
             "type": self.type.value,
@@ -129,6 +141,9 @@ class Image:
             "sha256": self.sha256,
             "error": self.error,
         }
+        if self.expected_sha256:
+            document["expected_sha256"] = self.expected_sha256
+        return document
 
     def to_json(self) -> str:
         """The document as compact JSON, the way Go's encoder spaces it, without the newline."""
@@ -156,6 +171,7 @@ class Image:
                 download_end=parse_time(_text(document, "download_end", _NEVER)),
                 sha256=_text(document, "sha256", ""),
                 error=_text(document, "error", ""),
+                expected_sha256=_text(document, "expected_sha256", ""),
                 revision=revision,
             )
         except KeyError as error:
