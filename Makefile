@@ -1,11 +1,12 @@
 # All of it works without root, on Python 3.11 or later and make alone; the rest is installed into $(VENV).
 PYTHON ?= python3
 VENV ?= .venv
-# For the program: make run ARGS="--port 8080 -l debug"; for pytest: make test ARGS="-k sqlite -x".
+# For the program: make run ARGS="--port 8080 -l debug"; for pytest: make test ARGS="-k sqlite -x";
+# for the benchmark: make bench ARGS="--rounds 3 --only put,fetch".
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test release-test lint types clean
+.PHONY: help run test release-test bench lint types clean
 
 help: ## say what can be made
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -18,6 +19,9 @@ test: $(VENV)/.installed-dev ## run the tests
 
 release-test: $(VENV)/.installed-dev ## run the long tests too, which a release must pass
 	$(VENV)/bin/python -m pytest -m "release or not release" $(ARGS)
+
+bench: $(VENV)/.installed-dev ## measure how fast it is, with nginx and wrk beside it (tests/bench/README.md)
+	$(VENV)/bin/python -m tests.bench $(ARGS)
 
 lint: $(VENV)/.installed-dev ## look for mistakes, and for code that is formatted another way
 	$(VENV)/bin/ruff check
