@@ -6,12 +6,15 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import Enum, auto
 
 from imgsvc.errors import Conflict, NoSpace, NotFound, Unavailable
 from imgsvc.images.directory import Directory, write_all
+
+# Behind the name of the file that they are about.
+NOTES = ".notes"
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -26,19 +29,62 @@ class FileWriter:
     def __init__(
         self, directory: Directory, partial: str, image_id: str, descriptor: int, ended: Callable[[], None]
     ) -> None:
+        """Takes the descriptor over, also when it raises OSError."""
         self._directory = directory
         self._partial = partial
+        self._notes = partial + NOTES
         self._id = image_id
         self._descriptor: int | None = descriptor
         self._ended = ended
         self._state = _State.OPEN
         self._lock = threading.Lock()
+        try:
+            self._size = os.lseek(descriptor, 0, os.SEEK_END)
+        except BaseException:
+            self._release()
+            raise
+
+    @property
+    def size(self) -> int:
+        return self._size
 
     def write(self, block: bytes | bytearray | memoryview) -> None:
         with self._lock, translated(f"write image {self._id}"):
             descriptor = self._begin()
             write_all(descriptor, block)
+            self._size += len(block)
             self._state = _State.OPEN
+
+    def read(self, offset: int, length: int) -> bytes:
+        with self._lock, translated(f"read image {self._id}"):
+            return read_all(self._open(), offset, max(min(length, self._size - offset), 0), self._id)
+
+    def truncate(self, size: int) -> None:
+        with self._lock, translated(f"write image {self._id}"):
+            descriptor = self._begin()
+            os.ftruncate(descriptor, size)
+            os.lseek(descriptor, size, os.SEEK_SET)
+            self._size = size
+            self._state = _State.OPEN
+
+    def note(self, line: str) -> None:
+        with self._lock, translated(f"write image {self._id}"):
+            self._open()
+            notes = self._directory.open(self._notes, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            try:
+                write_all(notes, f"{line}\n".encode())
+            finally:
+                os.close(notes)
+
+    def notes(self) -> Sequence[str]:
+        with self._lock, translated(f"read image {self._id}"):
+            self._open()
+            try:
+                descriptor = self._directory.open(self._notes, os.O_RDONLY)
+            except FileNotFoundError:
+                return ()
+            with os.fdopen(descriptor, encoding="utf-8", errors="replace") as notes:
+                return [line.removesuffix("\n") for line in notes if line.endswith("\n")]
 
     def commit(self) -> None:
         with self._lock, translated(f"write image {self._id}"):
@@ -51,6 +97,8 @@ class FileWriter:
                 self._release()
             self._publish()
             self._state = _State.COMMITTED
+            with suppress(OSError):  # the next start finds them
+                self._directory.remove(self._notes)
             self._ended()
 
     def abort(self) -> None:
@@ -64,9 +112,13 @@ class FileWriter:
 
         That holds for a failed fsync too: the kernel reports lost blocks once, and a second try would succeed.
         """
+        descriptor = self._open()
+        self._state = _State.BROKEN
+        return descriptor
+
+    def _open(self) -> int:
         if self._state is not _State.OPEN or self._descriptor is None:
             raise Unavailable(f"image {self._id} is no longer being written")
-        self._state = _State.BROKEN
         return self._descriptor
 
     def _publish(self) -> None:
@@ -96,6 +148,7 @@ class FileWriter:
             if empty:
                 # Where this fails, `unclaim`, which is to follow, gives the space back or says why it cannot.
                 with suppress(OSError):
+                    self._directory.remove(self._notes)
                     os.close(self._directory.open(self._partial, os.O_WRONLY | os.O_TRUNC))
             self._ended()
 
@@ -124,19 +177,24 @@ class FileReader:
         with self._lock, translated(f"read image {self._id}"):
             if self._descriptor is None:
                 raise Unavailable(f"image {self._id} is no longer being read")
-            block = os.pread(self._descriptor, wanted, offset)
-            while len(block) < wanted:
-                more = os.pread(self._descriptor, wanted - len(block), offset + len(block))
-                if not more:
-                    raise Unavailable(f"image {self._id} is shorter than it was")
-                block += more
-        return block
+            return read_all(self._descriptor, offset, wanted, self._id)
 
     def close(self) -> None:
         with self._lock:
             descriptor, self._descriptor = self._descriptor, None
             if descriptor is not None:
                 os.close(descriptor)
+
+
+def read_all(descriptor: int, offset: int, length: int, image_id: str) -> bytes:
+    """Exactly so many bytes. Raises OSError, and Unavailable when the file has become shorter."""
+    block = os.pread(descriptor, length, offset)
+    while len(block) < length:
+        more = os.pread(descriptor, length - len(block), offset + len(block))
+        if not more:
+            raise Unavailable(f"image {image_id} is shorter than it was")
+        block += more
+    return block
 
 
 class _State(Enum):

@@ -2,6 +2,7 @@
 
     {directory}/{id}             an image
     {directory}/.incoming/{id}   a claim (an empty file), or an image being written
+    {directory}/.incoming/{id}.notes   what its writer noted
     {directory}/.imgsvc          the marker: which member's images these are, and to which records they belong
 
 Every path is relative to one descriptor of the directory, opened once. So when the file system is unmounted under the
@@ -25,7 +26,7 @@ from typing import Self
 
 from imgsvc.errors import ConfigError, Conflict, NotFound, Unavailable
 from imgsvc.images.directory import Directory, write_all
-from imgsvc.images.files import FileReader, FileWriter, disk_full, image_size, translated
+from imgsvc.images.files import NOTES, FileReader, FileWriter, disk_full, image_size, translated
 from imgsvc.images.store import ImageReader, ImageWriter, Space, require_id
 from imgsvc.metadata.image import is_id, new_id
 
@@ -57,6 +58,7 @@ class FilesystemImageStore:
                 self._marker = self._read_marker()
                 if self._marker is not None:
                     self._directory.make(_INCOMING)
+                    self._drop_stray_notes()
                     self._probe()
             except BaseException:
                 self._directory.close()
@@ -108,12 +110,13 @@ class FilesystemImageStore:
         with self._lock:
             self._refuse_second_writer(image_id)
         with translated(f"drop image {image_id}"):
+            self._directory.remove(path + NOTES)
             self._directory.remove(path)
 
     def unfinished(self) -> Iterator[str]:
         return iter(()) if self.fresh else self._ids(_INCOMING)
 
-    def writer(self, image_id: str) -> ImageWriter:
+    def writer(self, image_id: str, *, keep: bool = False) -> ImageWriter:
         path = _incoming(image_id)
         self._require_marked()
         with self._lock:
@@ -121,11 +124,12 @@ class FilesystemImageStore:
             self._writing.add(image_id)
         try:
             with translated(f"write image {image_id}"):
-                descriptor = self._begin(image_id, path)
+                descriptor = self._begin(image_id, path, keep=keep)
+                ended = partial(self._ended, image_id)
+                return FileWriter(self._directory, path, image_id, descriptor, ended)
         except BaseException:
             self._ended(image_id)
             raise
-        return FileWriter(self._directory, path, image_id, descriptor, partial(self._ended, image_id))
 
     def size(self, image_id: str) -> int:
         name = require_id(image_id)
@@ -175,14 +179,23 @@ class FilesystemImageStore:
                 if is_id(entry.name) and entry.is_file():
                     yield entry.name
 
-    def _begin(self, image_id: str, path: str) -> int:
+    def _begin(self, image_id: str, path: str, *, keep: bool) -> int:
         if self._directory.exists(image_id):
             raise Conflict(f"image {image_id} is stored already")
+        if not keep:
+            self._directory.remove(path + NOTES)
         try:
-            return self._directory.open(path, os.O_WRONLY | os.O_TRUNC)
+            return self._directory.open(path, os.O_RDWR | (0 if keep else os.O_TRUNC))
         except FileNotFoundError:
             self.claim(image_id)
-            return self._directory.open(path, os.O_WRONLY)
+            return self._directory.open(path, os.O_RDWR)
+
+    def _drop_stray_notes(self) -> None:
+        """Of images that were finished, or dropped, right before the process died."""
+        names = {entry.name for entry in self._directory.entries(_INCOMING)}
+        for name in names:
+            if name.endswith(NOTES) and name.removesuffix(NOTES) not in names:
+                self._directory.remove(f"{_INCOMING}/{name}")
 
     def _refuse_second_writer(self, image_id: str) -> None:
         if image_id in self._writing:

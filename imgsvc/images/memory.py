@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from imgsvc.errors import Conflict, NoSpace, NotFound, Unavailable
 from imgsvc.images.store import ImageReader, ImageWriter, Space, require_id
@@ -18,6 +18,7 @@ class MemoryImageStore:
         self._lock = threading.RLock()
         self._images: dict[str, bytearray] = {}
         self._incoming: dict[str, bytearray] = {}
+        self._notes: dict[str, list[str]] = {}
         self._writing: set[str] = set()
         self._records: str | None = None
         self._member = new_id()
@@ -54,20 +55,23 @@ class MemoryImageStore:
             self._require_writable()
             self._refuse_second_writer(image_id)
             self._incoming.pop(image_id, None)
+            self._notes.pop(image_id, None)
 
     def unfinished(self) -> Iterator[str]:
         with self._lock:
             self._require_open()
             return iter(list(self._incoming))
 
-    def writer(self, image_id: str) -> ImageWriter:
+    def writer(self, image_id: str, *, keep: bool = False) -> ImageWriter:
         require_id(image_id)
         with self._lock:
             self._require_writable()
             self._refuse_second_writer(image_id)
             if image_id in self._images:
                 raise Conflict(f"image {image_id} is stored already")
-            self._incoming[image_id] = bytearray()
+            if not (keep and image_id in self._incoming):
+                self._incoming[image_id] = bytearray()
+                self._notes.pop(image_id, None)
             self._writing.add(image_id)
             return _MemoryWriter(self, image_id)
 
@@ -115,10 +119,19 @@ class MemoryImageStore:
                 raise NoSpace(f"cannot write image {image_id}: no space left in memory")
             self._incoming[image_id] += block
 
+    def incoming(self, image_id: str) -> bytearray:
+        with self._lock:
+            return self._incoming[image_id]
+
+    def noted(self, image_id: str) -> list[str]:
+        with self._lock:
+            return self._notes.setdefault(image_id, [])
+
     def publish(self, image_id: str) -> None:
         with self._lock:
             self._require_writable()
             self._images[image_id] = self._incoming.pop(image_id)
+            self._notes.pop(image_id, None)
             self._writing.discard(image_id)
 
     def drop(self, image_id: str, *, empty: bool) -> None:
@@ -126,6 +139,7 @@ class MemoryImageStore:
             self._writing.discard(image_id)
             if empty:
                 self._incoming[image_id] = bytearray()
+                self._notes.pop(image_id, None)
 
     def _refuse_second_writer(self, image_id: str) -> None:
         if image_id in self._writing:
@@ -149,10 +163,30 @@ class _MemoryWriter:
         self._sound = True
         self._committed = False
 
+    @property
+    def size(self) -> int:
+        return len(self._store.incoming(self._id))
+
     def write(self, block: bytes | bytearray | memoryview) -> None:
         self._begin()
         self._store.append(self._id, bytes(block))
         self._sound = True
+
+    def read(self, offset: int, length: int) -> bytes:
+        self._require_sound()
+        return bytes(memoryview(self._store.incoming(self._id))[offset : offset + length])
+
+    def truncate(self, size: int) -> None:
+        self._require_sound()
+        del self._store.incoming(self._id)[size:]
+
+    def note(self, line: str) -> None:
+        self._require_sound()
+        self._store.noted(self._id).append(line)
+
+    def notes(self) -> Sequence[str]:
+        self._require_sound()
+        return tuple(self._store.noted(self._id))
 
     def commit(self) -> None:
         if self._committed:
@@ -169,9 +203,12 @@ class _MemoryWriter:
         self._drop(empty=False)
 
     def _begin(self) -> None:
+        self._require_sound()
+        self._sound = False
+
+    def _require_sound(self) -> None:
         if not self._open or not self._sound:
             raise Unavailable(f"image {self._id} is no longer being written")
-        self._sound = False
 
     def _drop(self, *, empty: bool) -> None:
         if self._open:

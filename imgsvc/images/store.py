@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,15 +37,32 @@ class ImageReader(Protocol):
 
 
 class ImageWriter(Protocol):
-    """One image on its way in, front to back, by one thread at a time.
+    """One image on its way in, front to back, by one thread at a time. `size` is the number of its bytes so far.
 
     Nothing can be opened before `commit`. After `commit`, `abort` or `close` any of these three may be called again
     and does nothing, except that a commit which cannot keep its promise never returns: after `abort`, `close` or a
-    failed write or commit it raises Unavailable, as does a write. A write or commit raises NoSpace, or Unavailable
-    for any other trouble with the disk; then `abort` (or `close`) is still due.
+    failed write, truncation or commit it raises Unavailable, as does everything else. All but `abort` and `close` raise
+    NoSpace, or Unavailable for any other trouble with the disk; then `abort` (or `close`) is still due.
     """
 
-    def write(self, block: bytes | bytearray | memoryview) -> None: ...
+    @property
+    def size(self) -> int: ...
+
+    def write(self, block: bytes | bytearray | memoryview) -> None:
+        """Behind what is there."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Up to `length` of the bytes so far; fewer only at the end."""
+
+    def truncate(self, size: int) -> None:
+        """Drops all but the first `size` bytes."""
+
+    def note(self, line: str) -> None:
+        """Keeps a line of text for whoever goes on with the image, after `close` or a crash. Notes go with `commit`,
+        `abort` and a writer that begins anew. They are no safer from a loss of power than the bytes are."""
+
+    def notes(self) -> Sequence[str]:
+        """In the order in which they were made; one that a crash cut is not among them."""
 
     def commit(self) -> None:
         """When this returns, the image is on the disk under its name, whatever happens next.
@@ -97,9 +114,10 @@ class ImageStore(Protocol):
     def unfinished(self) -> Iterator[str]:
         """The ids that are claimed or were being written: what a crash left, when there is no transfer yet."""
 
-    def writer(self, image_id: str) -> ImageWriter:
-        """Begins the image anew, claiming it, and dropping what an earlier unfinished writer left. The claim goes with
-        `commit` or `unclaim`. Raises Conflict when the image is committed, or another writer of it is open."""
+    def writer(self, image_id: str, *, keep: bool = False) -> ImageWriter:
+        """Begins the image anew, claiming it, and dropping what an earlier unfinished writer left; or, to `keep` that,
+        goes on behind it. The claim goes with `commit` or `unclaim`. Raises Conflict when the image is committed, or
+        another writer of it is open."""
 
     def size(self, image_id: str) -> int:
         """Bytes of a committed image. Raises NotFound."""

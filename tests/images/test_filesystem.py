@@ -303,3 +303,21 @@ def test_another_directory_in_its_place(store: FilesystemImageStore, directory: 
     put(store, image_id, b"whole")
     assert tree(directory) == set()
     assert (moved / image_id).read_bytes() == b"whole"
+
+
+def test_notes_after_a_crash(tmp_path: Path) -> None:
+    """A note that was cut is none; notes without their image go at the next opening."""
+    image_id, gone = new_id(), new_id()
+    with closing(FilesystemImageStore(tmp_path / "images")) as store:
+        store.mark("records")
+        with closing(store.writer(image_id)) as writer:
+            writer.note("whole")
+    incoming = tmp_path / "images" / ".incoming"
+    with (incoming / f"{image_id}.notes").open("a") as notes:
+        notes.write("cu")
+    (incoming / f"{gone}.notes").write_text("of nothing\n")
+    with closing(FilesystemImageStore(tmp_path / "images")) as store:
+        assert list(store.unfinished()) == [image_id]
+        with closing(store.writer(image_id, keep=True)) as writer:
+            assert list(writer.notes()) == ["whole"]
+    assert not (incoming / f"{gone}.notes").exists()

@@ -231,3 +231,91 @@ def test_a_committed_image_is_never_overwritten(store: ImageStore, image_id: str
     store.delete(image_id)
     put(store, image_id, b"second")
     assert content(store, image_id) == b"second"
+
+
+def test_going_on(store: ImageStore, image_id: str) -> None:
+    """A writer that keeps what another left goes on behind it."""
+    first = store.writer(image_id)
+    first.write(b"one")
+    first.close()
+    second = store.writer(image_id, keep=True)
+    assert (second.size, second.read(0, 9), second.read(1, 1), second.read(3, 1)) == (3, b"one", b"n", b"")
+    second.write(b"two")
+    assert second.size == 6
+    second.commit()
+    assert content(store, image_id) == b"onetwo"
+
+
+@pytest.mark.parametrize("claimed", [True, False])
+def test_going_on_from_nothing(store: ImageStore, image_id: str, *, claimed: bool) -> None:
+    """Where nothing was left, a writer that would have kept it begins the image."""
+    if claimed:
+        store.claim(image_id)
+    writer = store.writer(image_id, keep=True)
+    assert (writer.size, list(writer.notes())) == (0, [])
+    writer.write(b"whole")
+    writer.commit()
+    assert content(store, image_id) == b"whole"
+
+
+@pytest.mark.parametrize("size", [0, 2])
+def test_truncate(store: ImageStore, image_id: str, size: int) -> None:
+    """What is written next comes behind the bytes that were kept."""
+    writer = store.writer(image_id)
+    writer.write(b"one")
+    writer.truncate(size)
+    assert writer.size == size
+    writer.write(b"two")
+    writer.commit()
+    assert content(store, image_id) == b"one"[:size] + b"two"
+
+
+def test_notes(store: ImageStore, image_id: str) -> None:
+    """They are there for the next writer that keeps what it finds, in order."""
+    first = store.writer(image_id)
+    first.note("first")
+    first.note("späte")
+    assert list(first.notes()) == ["first", "späte"]
+    first.close()
+    second = store.writer(image_id, keep=True)
+    second.note("third")
+    assert list(second.notes()) == ["first", "späte", "third"]
+    second.close()
+
+
+@pytest.mark.parametrize("ending", ["commit", "abort", "unclaim", "anew"])
+def test_notes_go(store: ImageStore, image_id: str, ending: str) -> None:
+    """With what they are about; whoever makes the image of this id once more finds none."""
+    writer = store.writer(image_id)
+    writer.note("a note")
+    if ending == "commit":
+        writer.commit()
+        store.delete(image_id)
+    elif ending == "abort":
+        writer.abort()
+    else:
+        writer.close()
+    if ending == "unclaim":
+        store.unclaim(image_id)
+    elif ending == "anew":
+        store.writer(image_id).close()
+    later = store.writer(image_id, keep=True)
+    assert (later.size, list(later.notes())) == (0, [])
+    later.close()
+
+
+@pytest.mark.parametrize("step", ["write", "read", "truncate", "note", "notes"])
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_nothing_after_the_end(store: ImageStore, image_id: str, ending: str, step: str) -> None:
+    """A writer that has ended neither reads nor changes anything."""
+    steps: dict[str, Callable[[ImageWriter], object]] = {
+        "write": lambda writer: writer.write(b"late"),
+        "read": lambda writer: writer.read(0, 1),
+        "truncate": lambda writer: writer.truncate(0),
+        "note": lambda writer: writer.note("late"),
+        "notes": lambda writer: writer.notes(),
+    }
+    writer = store.writer(image_id)
+    ENDINGS[ending](writer)
+    with pytest.raises(Unavailable):
+        steps[step](writer)
