@@ -176,6 +176,12 @@ class Service(Client):
         self._strange, self._expected = [], set()
         assert not bad, "the service logged:\n" + "\n".join(bad)
 
+    def forget_log(self) -> None:
+        """Checks what was logged, and keeps none of it: a hundred thousand lines are many."""
+        self.check_log()
+        self.log.clear()
+        self._checked = 0
+
     def events(self, event: str, **fields: object) -> list[dict[str, Any]]:
         """The log lines with this event and these fields."""
         wanted = {"event": event, **fields}.items()

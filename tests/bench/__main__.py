@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.bench.programs import complain_of_missing
+from tests.bench.records import Get, Known, List
 from tests.bench.report import Report
 from tests.bench.row import Row
 from tests.bench.stage import MIB, Sizes, Stage
 from tests.bench.transfers import Download, Fetch, Limited, Upload
+from tests.bench.under_load import Busy, Memory
 
-ROWS: tuple[type[Row], ...] = (Upload, Fetch, Download, Limited)
+ROWS: tuple[type[Row], ...] = (Upload, Fetch, Download, Limited, Get, List, Known, Memory, Busy)
 
 
 def main() -> None:

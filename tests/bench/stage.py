@@ -8,8 +8,8 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -42,6 +42,7 @@ class Stage:
             raise SystemExit(f"bench: {parent} is in memory ({kind}); name a directory on a disk with --dir")
         self.directory = Path(tempfile.mkdtemp(prefix="imgsvc-bench-", dir=parent))
         self.running = ExitStack()
+        self.filled: dict[str, Service] = {}
         self.running.callback(shutil.rmtree, self.directory, ignore_errors=True)
 
     def __enter__(self) -> Self:
@@ -51,9 +52,18 @@ class Stage:
         self.running.close()
 
     def start_service(self, name: str) -> Service:
-        """A service on its default stores, on a directory of this name, until the end; the caller may close it
-        before."""
+        """A service on its default stores, on a directory of this name, until the end."""
         return self.running.enter_context(Service(self.directory / name))
+
+    @contextmanager
+    def fresh_service(self) -> Iterator[Service]:
+        """One that has done nothing yet, and is gone afterwards."""
+        directory = self.directory / "fresh"
+        try:
+            with Service(directory) as service:
+                yield service
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
 
     @functools.cached_property
     def service(self) -> Service:

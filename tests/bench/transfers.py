@@ -31,18 +31,13 @@ class Upload(Row):
 
     def measure(self) -> Figures:
         figures: Figures = {}
-        service, source, url = self.stage.service, self.stage.source, self.stage.source_url()
+        service, url = self.stage.service, self.stage.source_url()
 
         def ours() -> None:
             warm()
             before = cpu_seconds(service.pid)
-            figures["put"], answer = timed(
-                "curl", "-sSf", "-T", source, "-H", "X-Image-Type: kvm", f"{service.url}/images"
-            )
+            figures["put"] = uploaded(self.stage)
             figures["put, CPU of the service"] = cpu_seconds(service.pid) - before
-            image = json.loads(answer)
-            assert (image["status"], image["size"]) == ("complete", self.stage.sizes.image), image
-            service.delete(image["id"])
 
         def reference() -> None:
             figures["put, reference"] = _shell(_UPLOAD_REFERENCE, url, self.stage.directory / "f")
@@ -138,14 +133,24 @@ class Download(Row):
         return figures
 
 
-def fetched(service: Service, source: str) -> tuple[float, float]:
+def uploaded(stage: Stage) -> float:
+    """Seconds from the start of curl until it has the answer. The image is deleted again."""
+    url = f"{stage.service.url}/images"
+    seconds, answer = timed("curl", "-sSf", "-T", stage.source, "-H", "X-Image-Type: kvm", url)
+    image = json.loads(answer)
+    assert (image["status"], image["size"]) == ("complete", stage.sizes.image), image
+    stage.service.delete(image["id"])
+    return seconds
+
+
+def fetched(service: Service, source: str, poll: float = _POLL_SECONDS) -> tuple[float, float]:
     """Seconds from the POST until a client sees `complete`, and from the record's start to its end. The image is
     deleted again."""
     began = time.monotonic()
     image = service.fetch(source)
     while (image := service.image(image["id"]))["status"] in ("pending", "downloading"):
         assert time.monotonic() - began < _FETCH_SECONDS, image
-        time.sleep(_POLL_SECONDS)
+        time.sleep(poll)
     seconds = time.monotonic() - began
     assert image["status"] == "complete", image
     service.delete(image["id"])
