@@ -177,7 +177,7 @@ class Connection:
     def answer(self, method: str = "GET") -> Answer:
         """The next answer, with its body."""
         status, headers = self.head()
-        return Answer(status, headers, b"" if method == "HEAD" else self._body(headers))
+        return Answer(status, headers, b"" if method == "HEAD" else self.rest(headers))
 
     def refused(self, timeout: float = 4.0) -> int:
         """The status with which the service refuses what was sent, 0 when it just ends the connection; fails when
@@ -226,7 +226,8 @@ class Connection:
         self._file.close()
         self._socket.close()
 
-    def _body(self, headers: Message) -> bytes:
+    def rest(self, headers: Message) -> bytes:
+        """The body of the answer whose head has been read."""
         if headers.get("Transfer-Encoding") == "chunked":
             return b"".join(iter(self._chunk, b""))
         if "Content-Length" in headers:

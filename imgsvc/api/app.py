@@ -7,8 +7,9 @@ from typing import Any
 from tornado.web import Application, url
 
 from imgsvc.api.base import UnknownPathHandler
+from imgsvc.api.download import DownloadHandler
 from imgsvc.api.health import HealthHandler, ReadyHandler
-from imgsvc.api.images import DownloadHandler, ImageHandler, ImagesHandler
+from imgsvc.api.images import ImageHandler, ImagesHandler
 from imgsvc.api.in_flight import InFlight
 from imgsvc.context import Context
 

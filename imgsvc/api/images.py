@@ -12,9 +12,7 @@ import structlog
 from imgsvc.api.base import BaseHandler, own_error
 from imgsvc.api.digest_fields import announced_digest, digest_in_hex
 from imgsvc.api.upload import Upload
-from imgsvc.blocks import BLOCK
-from imgsvc.errors import IdleTimeout, ImgsvcError, Incomplete, Invalid
-from imgsvc.images.store import ImageReader
+from imgsvc.errors import ImgsvcError, Incomplete, Invalid
 from imgsvc.metadata.image import Image, ImageType
 
 log = structlog.get_logger()
@@ -121,39 +119,6 @@ class ImageHandler(ImageAnswer):
 
     async def delete(self, image_id: str) -> None:
         self.write_image(await self.context.records_pool.run(self.context.service.delete, image_id))
-
-
-class DownloadHandler(BaseHandler):
-    """`/images/{id}/download`"""
-
-    allowed = ("GET", "HEAD")
-
-    async def get(self, image_id: str) -> None:
-        image, reader = await self.context.records_pool.run(self.context.service.open, image_id)
-        try:
-            self.set_header("Content-Type", "application/octet-stream")
-            self.set_header("Content-Length", str(image.size))
-            if self.request.method != "HEAD":
-                await self._send(image, reader)
-        finally:
-            reader.close()
-
-    head = get
-
-    async def _send(self, image: Image, reader: ImageReader) -> None:
-        sent = 0
-        while sent < image.size:
-            block = await self.context.reads_pool.run(reader.read, sent, BLOCK)
-            if not block:
-                raise Incomplete(f"the file ended after {sent} of {image.size} bytes")
-            self.write(block)
-            try:
-                await self.drain()
-            except IdleTimeout as error:
-                log.info("download ended", image=image.id, reason=str(error))
-                self.cut()
-                return
-            sent += len(block)
 
 
 def _next_page(pages: Iterator[Sequence[Image]]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class Service:
     def complete(self, body: bytes = b"bytes") -> Image:
         image = self.base.create(Image(id=new_id(), type=ImageType.KVM).started(len(body)))
         put(self.disk, image.id, body)
-        return self.base.update(image.completed(len(body), "ab"))
+        return self.base.update(image.completed(len(body), hashlib.sha256(body).hexdigest()))
 
 
 @pytest.fixture

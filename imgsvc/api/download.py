@@ -1,0 +1,96 @@
+"""The bytes of an image, or a range of them, on their way out."""
+
+from __future__ import annotations
+
+import base64
+from datetime import UTC, datetime
+from email.utils import format_datetime
+from http import HTTPStatus
+
+import structlog
+from tornado.web import HTTPError
+
+from imgsvc.api.base import BaseHandler
+from imgsvc.api.conditions import Validators, precondition, range_applies, validators_of
+from imgsvc.api.ranges import ByteRange, Unsatisfiable, requested_range
+from imgsvc.blocks import BLOCK
+from imgsvc.errors import IdleTimeout, Incomplete
+from imgsvc.images.store import ImageReader
+from imgsvc.metadata.image import Image
+
+log = structlog.get_logger()
+
+
+class DownloadHandler(BaseHandler):
+    """`/images/{id}/download`"""
+
+    allowed = ("GET", "HEAD")
+
+    async def get(self, image_id: str) -> None:
+        image, reader = await self.context.records_pool.run(self.context.service.open, image_id)
+        try:
+            await self._answer(image, reader)
+        finally:
+            reader.close()
+
+    head = get
+
+    async def _answer(self, image: Image, reader: ImageReader) -> None:
+        current = validators_of(image, datetime.now(UTC))
+        verdict = precondition(self.request.headers, current)
+        if verdict is HTTPStatus.PRECONDITION_FAILED:
+            raise HTTPError(verdict, "a precondition of the request does not hold")
+        try:
+            part = None if verdict is HTTPStatus.NOT_MODIFIED else self._wanted(image.size, current)
+        except Unsatisfiable:
+            error = HTTPError(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, "the image has no bytes in this range")
+            self._write_error_document(error, **{"Content-Range": f"bytes */{image.size}"})
+            return
+        self._validate_by(current)
+        if verdict is HTTPStatus.NOT_MODIFIED:
+            self.set_status(verdict)
+            return
+        self._describe(image, part)
+        if self.request.method != "HEAD":
+            await self._send(image, reader, part or ByteRange(0, image.size - 1))
+
+    def _wanted(self, size: int, current: Validators) -> ByteRange | None:
+        """None is the whole. Raises Unsatisfiable. A range is defined for GET alone (RFC 9110, section 14.2)."""
+        field = self.request.headers.get("Range")
+        if field is None or self.request.method != "GET" or not range_applies(self.request.headers, current):
+            return None
+        return requested_range(field, size)
+
+    def _validate_by(self, current: Validators) -> None:
+        if current.etag:
+            self.set_header("ETag", current.etag)
+        if current.modified is not None:
+            self.set_header("Last-Modified", format_datetime(current.modified, usegmt=True))
+
+    def _describe(self, image: Image, part: ByteRange | None) -> None:
+        self.set_header("Content-Type", "application/octet-stream")
+        self.set_header("Accept-Ranges", "bytes")
+        if image.sha256:
+            # Of the whole image, also with a part of it (RFC 9530, section 3).
+            digest = base64.b64encode(bytes.fromhex(image.sha256)).decode()
+            self.set_header("Repr-Digest", f"sha-256=:{digest}:")
+        if part is not None:
+            self.set_status(HTTPStatus.PARTIAL_CONTENT)
+            self.set_header("Content-Range", part.content_range(image.size))
+        self.set_header("Content-Length", str(image.size if part is None else part.size))
+
+    async def _send(self, image: Image, reader: ImageReader, part: ByteRange) -> None:
+        """Raises what the reader does, which cuts the connection when the first bytes have gone."""
+        offset, end = part.first, part.last + 1
+        while offset < end:
+            block = await self.context.reads_pool.run(reader.read, offset, min(BLOCK, end - offset))
+            if not block:
+                raise Incomplete(f"the file ended after {offset} of {image.size} bytes")
+            self.write(block)
+            try:
+                await self.drain()
+            except IdleTimeout as error:
+                log.info("download ended", image=image.id, reason=str(error))
+                self.cut()
+                return
+            offset += len(block)
