@@ -4,6 +4,9 @@ VENV ?= .venv
 # For the program: make run ARGS="--port 8080 -l debug"; for pytest: make test ARGS="-k sqlite -x";
 # for the benchmark: make bench ARGS="--rounds 3 --only put,fetch".
 ARGS ?=
+# Most tests wait most of the time: two cores are enough for three processes. The tests of one file stay together, for
+# what they share; files with few tests come in their turn, not last, for they may take long. ARGS="-n 0" does without.
+WORKERS = -n 3 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help run test release-test bench lint types clean
@@ -15,7 +18,7 @@ run: $(VENV)/.installed ## install the service, and serve on port 20000 with eve
 	$(VENV)/bin/imgsvc serve $(ARGS)
 
 test: $(VENV)/.installed-dev ## run the tests
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest $(WORKERS) $(ARGS)
 
 release-test: $(VENV)/.installed-dev ## run the long tests too, which a release must pass
 	$(VENV)/bin/python -m pytest -m "release or not release" $(ARGS)

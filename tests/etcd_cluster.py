@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import random
 import shutil
 import signal
@@ -28,6 +29,7 @@ import pytest
 _START_SECONDS = 30.0
 _ELECTION_MS = 500
 _HEARTBEAT_MS = 100
+_PORTS_GIVEN: set[int] = set()
 
 
 def etcd_program() -> str | None:
@@ -265,9 +267,15 @@ def _speed_flags(program: str) -> list[str]:
 
 
 def _free_port() -> int:
-    """One below the range from which the kernel takes outgoing ports, so that a killed member finds it free again."""
+    """One below the range from which the kernel takes outgoing ports, and that no other cluster of this run is given,
+    in whatever worker process of pytest, so that a killed member finds it free again."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     while True:
-        port = random.randrange(15000, 32000)
+        port = 15000 + workers * random.randrange(17000 // workers) + worker
+        if port in _PORTS_GIVEN:
+            continue
+        _PORTS_GIVEN.add(port)
         with closing(socket.socket()) as probe:
             try:
                 probe.bind(("127.0.0.1", port))

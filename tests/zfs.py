@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
@@ -54,15 +55,18 @@ def zfs(*arguments: str) -> bytes:
     return _run("zfs", *arguments)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def zfs_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ZfsPool]:
-    """An empty pool of 4 GiB, of which only what is written takes room; skips where none can be had."""
-    reason = _why_not()
-    if reason:
-        pytest.skip(f"no ZFS pool: {reason}")
-    directory = tmp_path_factory.mktemp("zfs")
-    with _daemon(directory / "zfs-fuse.log"), _pool(directory) as pool:
-        yield pool
+    """An empty pool of 4 GiB, of which only what is written takes room; skips where none can be had. Not for the whole
+    run: a machine has one zfs-fuse, so the worker processes of pytest take turns."""
+    with Path(__file__).open() as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        reason = _why_not()
+        if reason:
+            pytest.skip(f"no ZFS pool: {reason}")
+        directory = tmp_path_factory.mktemp("zfs")
+        with _daemon(directory / "zfs-fuse.log"), _pool(directory) as pool:
+            yield pool
 
 
 def _why_not() -> str:

@@ -174,6 +174,9 @@ class SqliteMetadataStore(Unshared):
 
             self._writer = connect()
             self._identity = self._commit(lambda writer: _prepare(writer, self._filename, take_over))
+            # SQLite says nothing of it: a file that may only be read it opens as such.
+            if not os.access(self._filename, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+                raise ConfigError(f"{self._filename} cannot hold the metadata: it may not be written")
             # Only now: this writes to the file, and one that _prepare refuses may be somebody else's.
             self._writer.execute("PRAGMA journal_mode = WAL")
             self._writer.execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}")

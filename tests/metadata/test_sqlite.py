@@ -91,9 +91,9 @@ class TestRefusedFiles:
         with TemporaryDirectory() as directory:  # not tmp_path, into which nobody else may look
             Path(directory).chmod(0o755)
             filename = Path(directory, "imgsvc.db")
-            SqliteMetadataStore(filename, MEMBER).close()
-            filename.chmod(0o444)
-            with unprivileged():
+            with unprivileged(Path(directory)):
+                SqliteMetadataStore(filename, MEMBER).close()
+                filename.chmod(0o444)
                 assert filename.read_bytes()
                 self.refused(filename)
 
@@ -104,9 +104,11 @@ class TestRefusedFiles:
 
 
 @contextlib.contextmanager
-def unprivileged() -> Iterator[None]:
-    """As a user to whom file modes apply, which they do not to root."""
+def unprivileged(directory: Path) -> Iterator[None]:
+    """As a user to whom file modes apply, which they do not to root, and whose the directory is."""
     user = os.geteuid()
+    if user == 0:
+        os.chown(directory, 65534, -1)
     os.seteuid(user or 65534)
     try:
         yield
