@@ -10,6 +10,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from imgsvc.digests import Digests
@@ -142,7 +143,7 @@ def _opened(stack: contextlib.ExitStack, thing: Closing) -> Closing:
 def _open_images(settings: Settings) -> ImageStore:
     if settings.image_store.type == "memory":
         return MemoryImageStore()
-    _make_data_dir(settings)
+    _make_data_dir(settings, settings.image_store.directory)
     return FilesystemImageStore(settings.image_store.directory)
 
 
@@ -154,7 +155,7 @@ def _open_records(
         return _open_etcd(wanted, member, images, opened)
     if wanted.type == "memory":
         return MemoryMetadataStore(member)
-    _make_data_dir(settings)
+    _make_data_dir(settings, wanted.filename)
     store = (
         open_kvite(wanted.filename, wanted.table, member)
         if wanted.type == "kvite"
@@ -187,10 +188,9 @@ def _open_etcd(
     return _opened(opened, EtcdMetadataStore(etcd, wanted.prefix, member, membership))
 
 
-def _make_data_dir(settings: Settings) -> None:
-    """Only where something is to be put into it; its parent is the operator's business."""
-    inside = (settings.image_store.directory, settings.metadata_store.filename)
-    if any(path.parent == settings.data_dir for path in inside):
+def _make_data_dir(settings: Settings, path: Path) -> None:
+    """Only where this path is to be in it; its parent is the operator's business."""
+    if path.parent == settings.data_dir:
         try:
             if not settings.data_dir.exists():
                 settings.data_dir.mkdir()

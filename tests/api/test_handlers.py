@@ -40,6 +40,7 @@ STATUS: dict[errors.ImgsvcError, int] = {
     errors.Elsewhere("a sentence"): 503,
     errors.Incomplete("a sentence"): 400,
     errors.IdleTimeout("a sentence"): 408,
+    errors.WrongDigest("a sentence"): 422,
     errors.FetchFailed("a sentence"): 500,
     errors.Stopping("a sentence"): 503,
 }

@@ -49,9 +49,9 @@ def test_every_answer_with_an_image_has_its_wire_form(service: Service, source: 
 
 
 def test_an_id_is_a_version_4_uuid_of_the_services_own(service: Service, source: Source) -> None:
-    """Whatever a POST sends beyond source, type and comment is ignored."""
+    """Whatever a POST sends beyond source, type, comment and sha256 is ignored."""
     mine = str(uuid.uuid4())
-    document = {"id": mine, "status": "complete", "size": 7, "sha256": "00", "error": "no", "owner": "me"}
+    document = {"id": mine, "status": "complete", "size": 7, "error": "no", "owner": "me"}
     url = source.serve("/guest", Resource(CONTENT, hold=True))
     image = service.post({**document, "source": url, "type": "kvm"}).json()
     assert image["id"] != mine
