@@ -5,7 +5,8 @@ VENV ?= .venv
 # for the benchmark: make bench ARGS="--rounds 3 --only put,fetch".
 ARGS ?=
 # Most tests wait most of the time: two cores are enough for three processes. The tests of one file stay together, for
-# what they share; files with few tests come in their turn, not last, for they may take long. ARGS="-n 0" does without.
+# what they share; files with few tests come in their turn, not last, for they may take long. ARGS="-n 0" does without,
+# as --pdb must.
 WORKERS = -n 3 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
