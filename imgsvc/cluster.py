@@ -154,3 +154,13 @@ class Membership:
             "host": socket.gethostname(),
             "started": self._started,
         }
+
+
+class NoLease:
+    """For who works on records beside the member itself, and transfers nothing."""
+
+    def lease(self, lost: int | None = None) -> int:  # noqa: ARG002 - as the protocol has it
+        raise Unavailable("there is no lease on etcd for this work")
+
+    def on_new_lease(self, restore: Callable[[int], None]) -> None:
+        """There will be none."""

@@ -19,19 +19,28 @@ from imgsvc.settings import (
     FetchSettings,
     ImageStoreSettings,
     MetadataStoreSettings,
+    ScrubSettings,
     Setting,
     Settings,
 )
 from imgsvc.values import Reserve
 
-__all__ = ["FetchSettings", "ImageStoreSettings", "MetadataStoreSettings", "Reserve", "Settings", "load"]
+__all__ = [
+    "FetchSettings",
+    "ImageStoreSettings",
+    "MetadataStoreSettings",
+    "Reserve",
+    "ScrubSettings",
+    "Settings",
+    "load",
+]
 
 # The Go program took keys in any case, so its config files may be written that way.
 _BY_KEY = {setting.key.lower(): setting for setting in SETTINGS}
 _GROUPS = {setting.key.lower().partition(".")[0] for setting in SETTINGS if "." in setting.key}
 _BY_VARIABLE = {setting.variable: setting for setting in SETTINGS}
 
-_Group = TypeVar("_Group", bound=Settings | FetchSettings | ImageStoreSettings | MetadataStoreSettings)
+_Group = TypeVar("_Group", bound=Settings | FetchSettings | ScrubSettings | ImageStoreSettings | MetadataStoreSettings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +183,7 @@ def _settings(given: Mapping[str, _Given], default_host: str) -> Settings:
         values,
         host=values["host"] if "host" in given else default_host,
         fetch=_group(FetchSettings, values),
+        scrub=_group(ScrubSettings, values),
         image_store=_group(
             ImageStoreSettings,
             values,

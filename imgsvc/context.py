@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import socket
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -27,6 +27,7 @@ from imgsvc.metadata.sqlite import SqliteMetadataStore
 from imgsvc.metadata.store import Member, MetadataStore
 from imgsvc.pools import Pool
 from imgsvc.room import Room
+from imgsvc.scrubber import Scrubber
 from imgsvc.service import ImageService
 from imgsvc.settings import MetadataStoreSettings, Settings
 from imgsvc.settlements import Settlements
@@ -66,7 +67,7 @@ class Context:
             self.images = _opened(opened, _open_images(settings))
             member = Member(
                 id=self.images.member,
-                site=f"{socket.gethostname()}:{self.images.place}",
+                site=_site(self.images),
                 url=f"http://{_reachable(settings.host)}:{port}",
             )
             self.records = _open_records(settings, member, self.images, opened)
@@ -83,6 +84,7 @@ class Context:
             self.images, self.records, self.transfers, self.fetcher, settlements=settlements, digests=self._digests
         )
         self._maintenance = Maintenance(self.images, self.records, self.fetcher, self._digests)
+        self._scrubber = Scrubber(self.settings.scrub, self.images, self.records)
 
     def settle(self) -> None:
         """Settles what the last run left, and lets work begin. Raises Unavailable or NoSpace when a store cannot, and
@@ -95,6 +97,7 @@ class Context:
         self.transfers.start()
         self.fetcher.start()
         self._digests.start()
+        self._scrubber.start()
         self._settled.set()
         self.not_ready = None
 
@@ -112,6 +115,7 @@ class Context:
         """Stops fetches, settles what can be, and closes the stores."""
         self._closing = True
         self._settled.set()
+        self._scrubber.close()
         self._digests.close()
         self.fetcher.close()
         self.transfers.close()
@@ -126,6 +130,25 @@ class Context:
         self._settled.wait()
         if not self._closing:
             self._maintenance.reconcile()
+
+
+@contextlib.contextmanager
+def opened_beside(settings: Settings) -> Iterator[tuple[ImageStore, MetadataStore]]:
+    """The stores, for a short work on complete images beside a service that uses them, if one runs: nothing is locked,
+    nobody is told of another member, and no image can come in. Raises ConfigError unless a service has used them."""
+    files = settings.metadata_store.type in ("sqlite", "kvite")
+    if settings.image_store.type == "memory" or settings.metadata_store.type == "memory":
+        raise ConfigError("what is kept in memory is seen by the service alone")
+    if files and not settings.metadata_store.filename.exists():
+        raise ConfigError(f"there are no records in {settings.metadata_store.filename}")
+    with contextlib.ExitStack() as opened:
+        images = _opened(opened, FilesystemImageStore(settings.image_store.directory, beside=True))
+        member = Member(id=images.member, site=_site(images), url="")
+        yield images, _open_records(settings, member, images, opened, beside=True)
+
+
+def _site(images: ImageStore) -> str:
+    return f"{socket.gethostname()}:{images.place}"
 
 
 def _reachable(host: str) -> str:
@@ -148,11 +171,11 @@ def _open_images(settings: Settings) -> ImageStore:
 
 
 def _open_records(
-    settings: Settings, member: Member, images: ImageStore, opened: contextlib.ExitStack
+    settings: Settings, member: Member, images: ImageStore, opened: contextlib.ExitStack, *, beside: bool = False
 ) -> MetadataStore:
     wanted = settings.metadata_store
     if wanted.type == "etcd":
-        return _open_etcd(wanted, member, images, opened)
+        return _open_etcd(wanted, member, images, opened, beside=beside)
     if wanted.type == "memory":
         return MemoryMetadataStore(member)
     _make_data_dir(settings, wanted.filename)
@@ -166,10 +189,10 @@ def _open_records(
 
 
 def _open_etcd(
-    wanted: MetadataStoreSettings, member: Member, images: ImageStore, opened: contextlib.ExitStack
+    wanted: MetadataStoreSettings, member: Member, images: ImageStore, opened: contextlib.ExitStack, *, beside: bool
 ) -> MetadataStore:
     # Late: who does without etcd need not load gRPC.
-    from imgsvc.cluster import Membership  # noqa: PLC0415
+    from imgsvc.cluster import Membership, NoLease  # noqa: PLC0415
     from imgsvc.etcd import Etcd  # noqa: PLC0415
     from imgsvc.metadata.etcd import EtcdMetadataStore  # noqa: PLC0415
 
@@ -184,8 +207,10 @@ def _open_etcd(
             password=wanted.password,
         ),
     )
-    membership = _opened(opened, Membership(etcd, wanted.prefix, member, lambda: images.space().free))
-    return _opened(opened, EtcdMetadataStore(etcd, wanted.prefix, member, membership))
+    leases = (
+        NoLease() if beside else _opened(opened, Membership(etcd, wanted.prefix, member, lambda: images.space().free))
+    )
+    return _opened(opened, EtcdMetadataStore(etcd, wanted.prefix, member, leases))
 
 
 def _make_data_dir(settings: Settings, path: Path) -> None:

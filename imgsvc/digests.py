@@ -3,18 +3,18 @@ speaks for them are held against the digest that their record has."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
 import queue
 import threading
 
 import structlog
 
-from imgsvc.blocks import BLOCK
-from imgsvc.errors import Conflict, ImgsvcError, Incomplete, Unavailable
+from imgsvc.errors import Conflict, ImgsvcError, Stopping, Unavailable
 from imgsvc.images.store import ImageStore
 from imgsvc.metadata.image import Image, Status
 from imgsvc.metadata.store import MetadataStore
+from imgsvc.whole import digest_of
 
 # Seconds before a metadata store that did not answer is asked again.
 _RETRY_INTERVAL = 5.0
@@ -108,18 +108,12 @@ class Digests:
         return sha256
 
     def _read(self, image_id: str) -> str:
-        reader = self._images.open(image_id)
-        try:
-            digest = hashlib.sha256()
-            offset = 0
-            while block := reader.read(offset, BLOCK):
-                if self._closing.is_set():
-                    raise Incomplete("the service is stopping")
-                digest.update(block)
-                offset += len(block)
-        finally:
-            reader.close()
-        return digest.hexdigest()
+        with contextlib.closing(self._images.open(image_id)) as reader:
+            return digest_of(reader, self._go_on)
+
+    def _go_on(self, _count: int) -> None:
+        if self._closing.is_set():
+            raise Stopping("the service is stopping")
 
     def _record(self, image: Image, sha256: str) -> None:
         if not image.sha256:

@@ -57,6 +57,10 @@ class Unavailable(ImgsvcError):
     """A store cannot answer now; the same call may work later. After a write, its outcome is not known."""
 
 
+class Unreadable(Unavailable):
+    """The disk does not give back what was written to it; asking again is not likely to help."""
+
+
 class Elsewhere(Unavailable):
     """The image is whole, and its bytes are on another member."""
 

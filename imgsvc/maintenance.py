@@ -122,7 +122,8 @@ class Maintenance:
                     self._records.hold(image.id)
                 self._digests.submit(image.id)
         elif entry.here:
-            self._lost(image, "its file is missing")
+            aside = image.id in self._images.quarantined()
+            self._lost(image, "its bytes are in quarantine" if aside else "its file is missing")
 
     def _lost(self, image: Image, reason: str) -> None:
         """This member cannot serve a complete image that it should hold."""

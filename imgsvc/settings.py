@@ -92,6 +92,24 @@ class FetchSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScrubSettings:
+    """The pass in the background; it is off when either of these is 0."""
+
+    bytes_per_second: int = _setting(
+        "scrub.bytesPerSecond",
+        size(),
+        20_000_000,
+        "Images are read again at this rate, to find bits that rot; 0: never. It must do for all within the interval.",
+    )
+    interval: float = _setting(
+        "scrub.interval",
+        seconds(0, 366 * _DAY),
+        30 * _DAY,
+        "Seconds from the beginning of one such pass to that of the next; 0: none.",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ImageStoreSettings:
     type: str = _setting(
         "imageStoreType",
@@ -223,13 +241,14 @@ class Settings:
         why="Shows stack traces, and so paths on this host, to anyone who causes an error.",
     )
     fetch: FetchSettings
+    scrub: ScrubSettings
     image_store: ImageStoreSettings
     metadata_store: MetadataStoreSettings
 
 
 SETTINGS: tuple[Setting, ...] = tuple(
     field.metadata["setting"]
-    for group in (Settings, ImageStoreSettings, MetadataStoreSettings, FetchSettings)
+    for group in (Settings, ImageStoreSettings, MetadataStoreSettings, FetchSettings, ScrubSettings)
     for field in dataclasses.fields(group)
     if "setting" in field.metadata
 )

@@ -67,7 +67,7 @@ def seconds(low: float, high: float) -> Kind:
             raise ValueError(value)
         return float(value)
 
-    return Kind(f"a number of seconds from {low:g} to {high:g}", read, float)
+    return Kind(f"a number of seconds from {low:g} to {high:.12g}", read, float)
 
 
 def boolean() -> Kind:

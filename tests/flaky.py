@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-from imgsvc.errors import NoSpace, Unavailable
+from imgsvc.errors import NoSpace, Unavailable, Unreadable
 from imgsvc.images.store import ImageStore, ImageWriter
 from imgsvc.metadata.store import MetadataStore
 
@@ -25,6 +25,7 @@ class Fault:
 LOST = Fault(Unavailable("the call was lost"))
 UNKNOWN = Fault(Unavailable("the answer was lost"), applied=True)
 FULL = Fault(NoSpace("there is no space"))
+DAMAGED = Fault(Unreadable("cannot read: Input/output error"))
 
 
 class Killed(BaseException):
@@ -49,6 +50,9 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     "writer": (LOST, FULL),
     "write": (LOST, FULL),
     "commit": (LOST, FULL),
+    "open": (LOST,),
+    "read": (LOST, DAMAGED),
+    "quarantine": (LOST, DAMAGED, FULL),
 }
 
 

@@ -58,14 +58,16 @@ RULES: tuple[Only | AtMost, ...] = (
     Only(("imgsvc.__main__",), (), "it is the very top"),
     Only(("imgsvc.main",), ("imgsvc.__main__",), "the command line is the top"),
     Only(("imgsvc.config",), ("imgsvc.main",), "settings are read once; what is below gets them from above"),
-    Only(("imgsvc.serve",), ("imgsvc.main",), "the process is around the service, not below it"),
+    Only(("imgsvc.serve", "imgsvc.scrub_now"), ("imgsvc.main",), "the process is around the service, not below it"),
     Only(
         ("imgsvc.api", "imgsvc.api.*"),
         ("imgsvc.api.*", "imgsvc.serve"),
         "HTTP is an edge, and nothing below knows of it",
     ),
     Only(
-        ("imgsvc.context",), ("imgsvc.api.*", "imgsvc.serve"), "services get what they need from it, and do not ask it"
+        ("imgsvc.context",),
+        ("imgsvc.api.*", "imgsvc.serve", "imgsvc.scrub_now"),
+        "services get what they need from it, and do not ask it",
     ),
     Only(
         ("imgsvc.images.*",),

@@ -20,16 +20,19 @@ class Directory:
     are the caller's to close, and no child process inherits one.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, beside: bool = False) -> None:
         """Opens and locks it, making it when it is missing, though not its parent.
 
-        Raises BlockingIOError when another process, or another Directory in this one, has it open.
+        Raises BlockingIOError when another process, or another Directory in this one, has it open. With `beside` it
+        must exist, and who has it locked does not matter.
         """
         self._path = path.absolute()
-        if not self._path.exists():
+        if not beside and not self._path.exists():
             self._path.mkdir(_DIRECTORY_MODE)
             sync_directory(self._path.parent)
         self._descriptor: int | None = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        if beside:
+            return
         try:
             # The kernel lets go of it with the descriptor, so a killed process leaves no lock behind.
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

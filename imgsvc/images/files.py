@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import Enum, auto
 
-from imgsvc.errors import Conflict, NoSpace, NotFound, Unavailable
+from imgsvc.errors import Conflict, NoSpace, NotFound, Unavailable, Unreadable
 from imgsvc.images.directory import Directory, write_all
 
 # Behind the name of the file that they are about.
 NOTES = ".notes"
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+# A sector that cannot be read, and the words of file systems that check what they read.
+_DAMAGED = frozenset({errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.EILSEQ, errno.ENODATA, errno.EREMOTEIO})
 
 
 class FileWriter:
@@ -217,8 +219,13 @@ def translated(action: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kind = NoSpace if disk_full(error) else Unavailable
-        raise kind(f"cannot {action}: {error.strerror}") from error
+        raise _kind(error)(f"cannot {action}: {error.strerror}") from error
+
+
+def _kind(error: OSError) -> type[NoSpace | Unavailable]:
+    if disk_full(error):
+        return NoSpace
+    return Unreadable if error.errno in _DAMAGED else Unavailable
 
 
 def disk_full(error: OSError) -> bool:

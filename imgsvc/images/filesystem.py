@@ -3,7 +3,9 @@
     {directory}/{id}             an image
     {directory}/.incoming/{id}   a claim (an empty file), or an image being written
     {directory}/.incoming/{id}.notes   what its writer noted
+    {directory}/.quarantine/{id} an image that was set aside; {id}.2, {id}.3 … are later ones of the same id
     {directory}/.imgsvc          the marker: which member's images these are, and to which records they belong
+    {directory}/.imgsvc-scrub    how far the scrub got
 
 Every path is relative to one descriptor of the directory, opened once. So when the file system is unmounted under the
 running service, or another is mounted over it, no byte goes astray to what lies beneath; `ping` notices.
@@ -14,6 +16,7 @@ no O_DIRECT, no extended attributes.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
@@ -31,7 +34,9 @@ from imgsvc.images.store import ImageReader, ImageWriter, Space, require_id
 from imgsvc.metadata.image import is_id, new_id
 
 _INCOMING = ".incoming"
+_QUARANTINE = ".quarantine"
 _MARKER = ".imgsvc"
+_SCRUB = ".imgsvc-scrub"
 _PROBE = ".imgsvc-probe"
 _MARKER_LIMIT = 64 * 1024
 
@@ -39,12 +44,15 @@ _MARKER_LIMIT = 64 * 1024
 class FilesystemImageStore:
     """An ImageStore. Once it is closed, it and the writers still open raise Unavailable; open readers go on."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, beside: bool = False) -> None:
         """Opens the directory, or makes it in a parent that exists.
 
         It is made here and not in `mark`, because the lock needs it, and an empty directory does no harm where a file
         system is mounted later. Raises ConfigError, naming the directory, when it cannot be used or another service
         uses it.
+
+        With `beside` the directory may be in use by a service, and must be marked by one: then what looks at images,
+        and `quarantine`, may be called, and nothing that brings any in.
         """
         self._path = directory.absolute()
         self._lock = threading.Lock()
@@ -53,10 +61,12 @@ class FilesystemImageStore:
         with self._required():
             if not self._path.parent.is_dir():
                 raise ConfigError(f"image directory {self._path} cannot be made: there is no {self._path.parent}")
-            self._directory = Directory(self._path)
+            self._directory = Directory(self._path, beside=beside)
             try:
                 self._marker = self._read_marker()
-                if self._marker is not None:
+                if beside:
+                    self._require_known()
+                elif self._marker is not None:
                     self._directory.make(_INCOMING)
                     self._drop_stray_notes()
                     self._probe()
@@ -83,18 +93,9 @@ class FilesystemImageStore:
 
     def mark(self, identity: str) -> None:
         marker = _Marker(self._member, identity)
-        # It goes the way of an image, and so proves that images can go it.
-        temporary = f"{_INCOMING}/{_MARKER}"
         with self._required():
             self._directory.make(_INCOMING)
-            descriptor = self._directory.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            try:
-                write_all(descriptor, json.dumps(asdict(marker)).encode() + b"\n")
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            self._directory.rename(temporary, _MARKER)
-            self._directory.sync()
+            self._put(_MARKER, json.dumps(asdict(marker)))
         self._marker = marker
 
     def claim(self, image_id: str) -> None:
@@ -152,6 +153,44 @@ class FilesystemImageStore:
     def ids(self) -> Iterator[str]:
         return self._ids(".")
 
+    def quarantine(self, image_id: str) -> None:
+        name = require_id(image_id)
+        self._require_marked()
+        with self._lock, translated(f"set image {image_id} aside"), _found(image_id):
+            self._directory.make(_QUARANTINE)
+            aside = next(path for path in _names_aside(name) if not self._directory.exists(path))
+            self._directory.rename(name, aside)
+            try:
+                self._directory.sync(_QUARANTINE)
+                self._directory.sync()
+            except OSError:
+                self._directory.rename(aside, name)
+                raise
+
+    def quarantined(self) -> Iterator[str]:
+        with translated("list the quarantine"):
+            if self._directory.exists(_QUARANTINE):
+                for entry in self._directory.entries(_QUARANTINE):
+                    image_id, _, number = entry.name.partition(".")
+                    if is_id(image_id) and (number.isdecimal() or entry.name == image_id):
+                        yield image_id
+
+    def remember_scrub(self, note: str) -> None:
+        self._require_marked()
+        with translated("note how far the scrub got"):
+            self._put(_SCRUB, note)
+
+    def last_scrub(self) -> str:
+        with translated("look how far the scrub got"):
+            try:
+                descriptor = self._directory.open(_SCRUB, os.O_RDONLY)
+            except FileNotFoundError:
+                return ""
+            try:
+                return os.read(descriptor, _MARKER_LIMIT).decode(errors="replace").rstrip("\n")
+            finally:
+                os.close(descriptor)
+
     def space(self) -> Space:
         with translated("find out the free space"):
             found = self._directory.space()
@@ -178,6 +217,18 @@ class FilesystemImageStore:
             for entry in self._directory.entries(path):
                 if is_id(entry.name) and entry.is_file():
                     yield entry.name
+
+    def _put(self, name: str, line: str) -> None:
+        """A file of one line, whole or not at all. It goes the way of an image, and so proves that images can go it."""
+        temporary = f"{_INCOMING}/{name}"
+        descriptor = self._directory.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        try:
+            write_all(descriptor, line.encode() + b"\n")
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        self._directory.rename(temporary, name)
+        self._directory.sync()
 
     def _begin(self, image_id: str, path: str, *, keep: bool) -> int:
         if self._directory.exists(image_id):
@@ -208,6 +259,10 @@ class FilesystemImageStore:
     def _require_marked(self) -> None:
         if self._marker is None:
             raise Unavailable("the image directory has not been marked as this service's yet")
+
+    def _require_known(self) -> None:
+        if self._marker is None:
+            raise ConfigError(f"image directory {self._path} has no marker: no service has used it yet")
 
     @contextmanager
     def _required(self) -> Iterator[None]:
@@ -265,6 +320,11 @@ class _Marker:
 
 def _incoming(image_id: str) -> str:
     return f"{_INCOMING}/{require_id(image_id)}"
+
+
+def _names_aside(name: str) -> Iterator[str]:
+    yield f"{_QUARANTINE}/{name}"
+    yield from (f"{_QUARANTINE}/{name}.{number}" for number in itertools.count(2))
 
 
 @contextmanager

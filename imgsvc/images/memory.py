@@ -20,6 +20,8 @@ class MemoryImageStore:
         self._incoming: dict[str, bytearray] = {}
         self._notes: dict[str, list[str]] = {}
         self._writing: set[str] = set()
+        self._quarantined: list[tuple[str, bytearray]] = []
+        self._last_scrub = ""
         self._records: str | None = None
         self._member = new_id()
         self._closed = False
@@ -97,10 +99,34 @@ class MemoryImageStore:
             self._require_open()
             return iter(list(self._images))
 
+    def quarantine(self, image_id: str) -> None:
+        require_id(image_id)
+        with self._lock:
+            self._require_writable()
+            if image_id not in self._images:
+                raise NotFound(f"image {image_id} is not stored here")
+            self._quarantined.append((image_id, self._images.pop(image_id)))
+
+    def quarantined(self) -> Iterator[str]:
+        with self._lock:
+            self._require_open()
+            return iter([image_id for image_id, _ in self._quarantined])
+
+    def remember_scrub(self, note: str) -> None:
+        with self._lock:
+            self._require_writable()
+            self._last_scrub = note
+
+    def last_scrub(self) -> str:
+        with self._lock:
+            self._require_open()
+            return self._last_scrub
+
     def space(self) -> Space:
         with self._lock:
             self._require_open()
-            used = sum(map(len, self._images.values())) + sum(map(len, self._incoming.values()))
+            kept = (*self._images.values(), *self._incoming.values(), *(image for _, image in self._quarantined))
+            used = sum(map(len, kept))
             return Space(free=self._capacity - used, total=self._capacity)
 
     def ping(self) -> None:

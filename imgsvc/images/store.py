@@ -131,6 +131,20 @@ class ImageStore(Protocol):
     def ids(self) -> Iterator[str]:
         """The ids of all committed images. Files that are not named by an id are not looked at."""
 
+    def quarantine(self, image_id: str) -> None:
+        """Sets a committed image aside, for good when this returns: it is no image any more, and its bytes are kept
+        until a person removes them. What was set aside under this id before is kept as well. Raises NotFound; when
+        it raises anything, the image is where it was if the disk allowed that."""
+
+    def quarantined(self) -> Iterator[str]:
+        """The ids of what was set aside, each as often as it was."""
+
+    def remember_scrub(self, note: str) -> None:
+        """Keeps a line about the scrub of these images, durably, instead of the one before."""
+
+    def last_scrub(self) -> str:
+        """The line that was kept last; "" when there is none."""
+
     def space(self) -> Space: ...
 
     def ping(self) -> None:

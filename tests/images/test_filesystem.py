@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc.errors import ConfigError, Conflict, NoSpace, NotFound, Unavailable
+from imgsvc.errors import ConfigError, Conflict, NoSpace, NotFound, Unavailable, Unreadable
 from imgsvc.images.filesystem import FilesystemImageStore
 from imgsvc.images.store import ImageWriter
 from imgsvc.metadata.image import new_id
@@ -144,6 +144,13 @@ def test_order_of_a_commit(
     calls.clear()
     store.mark(RECORDS)
     assert calls == ["fsync .incoming/.imgsvc", "rename .incoming/.imgsvc .imgsvc", "fsync ."]
+    calls.clear()
+    store.quarantine(image_id)
+    aside = f"rename {image_id} .quarantine/{image_id}"
+    assert calls == ["fsync .", aside, "fsync .quarantine", "fsync ."]
+    calls.clear()
+    store.remember_scrub("note")
+    assert calls == ["fsync .incoming/.imgsvc-scrub", "rename .incoming/.imgsvc-scrub .imgsvc-scrub", "fsync ."]
 
 
 @pytest.mark.parametrize("failing", ["file", "directory"])
@@ -172,6 +179,38 @@ def test_fsync_fails(
     writer.abort()
     assert list(store.unfinished()) == [image_id]
     assert (directory / ".incoming" / image_id).stat().st_size == 0
+
+
+def test_quarantine_that_the_disk_does_not_take(
+    store: FilesystemImageStore, directory: Path, image_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image whose move a loss of power could undo is where it was."""
+    fsync = os.fsync
+    put(store, image_id, b"damaged")
+
+    def failing_fsync(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name == ".quarantine":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(directory))
+        fsync(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", failing_fsync)
+        with pytest.raises(Unreadable, match=f"cannot set image {image_id} aside: Input/output error$"):
+            store.quarantine(image_id)
+    assert (content(store, image_id), list(store.quarantined())) == (b"damaged", [])
+
+
+def test_names_in_quarantine(store: FilesystemImageStore, directory: Path, image_id: str) -> None:
+    """The first has the image's name, the ones that follow have numbers; what else lies there is a person's."""
+    for number in range(3):
+        put(store, image_id, str(number).encode())
+        store.quarantine(image_id)
+    aside = directory / ".quarantine"
+    found = {path.name: path.read_text() for path in aside.iterdir()}
+    assert found == {image_id: "0", f"{image_id}.2": "1", f"{image_id}.3": "2"}
+    for name in ("notes", f"{image_id}.sha256", f"{new_id()}."):
+        (aside / name).touch()
+    assert list(store.quarantined()) == [image_id] * 3
 
 
 def test_file_size_limit(store: FilesystemImageStore, image_id: str) -> None:

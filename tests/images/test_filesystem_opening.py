@@ -131,6 +131,30 @@ def test_one_service_to_a_directory(store: FilesystemImageStore, directory: Path
     FilesystemImageStore(directory).close()
 
 
+def test_beside_a_service(store: FilesystemImageStore, directory: Path, image_id: str) -> None:
+    """A second store that says so is let in, sees the images, may set them aside, and keeps nobody out."""
+    put(store, image_id, b"whole")
+    before = tree(directory)
+    with closing(FilesystemImageStore(directory, beside=True)) as beside:
+        assert (list(beside.ids()), beside.member) == ([image_id], store.member)
+        assert tree(directory) == before
+        beside.quarantine(image_id)
+        assert list(store.ids()) == []
+        store.close()
+        FilesystemImageStore(directory).close()
+
+
+def test_beside_no_service(directory: Path) -> None:
+    """Where none ever was, nothing is made."""
+    with pytest.raises(ConfigError, match=f"{directory} cannot be used: No such file"):
+        FilesystemImageStore(directory, beside=True)
+    assert not directory.exists()
+    directory.mkdir()
+    with pytest.raises(ConfigError, match=f"{directory} has no marker"):
+        FilesystemImageStore(directory, beside=True)
+    assert tree(directory) == set()
+
+
 def test_a_killed_process_leaves_no_lock(directory: Path) -> None:
     """After kill -9 the next start needs no help."""
     script = """if True:

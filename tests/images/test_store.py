@@ -25,8 +25,9 @@ BY_ID: dict[str, Callable[[ImageStore, str], object]] = {
     "size": lambda store, image_id: store.size(image_id),
     "open": lambda store, image_id: store.open(image_id),
     "delete": lambda store, image_id: store.delete(image_id),
+    "quarantine": lambda store, image_id: store.quarantine(image_id),
 }
-WRITING = ("claim", "unclaim", "writer", "delete")
+WRITING = ("claim", "unclaim", "writer", "delete", "quarantine")
 
 A_UUID = "0b53a0a6-6c41-4f43-9d2c-6c0d2b2f9a11"
 NO_IDS = (
@@ -109,7 +110,7 @@ def test_mark(fresh_store: ImageStore) -> None:
     fresh_store.ping()
 
 
-@pytest.mark.parametrize("method", ["size", "open"])
+@pytest.mark.parametrize("method", ["size", "open", "quarantine"])
 def test_missing_image(store: ImageStore, image_id: str, method: str) -> None:
     """An image that was never there is not found."""
     with pytest.raises(NotFound):
@@ -131,6 +132,55 @@ def test_delete_leaves_what_is_unfinished(store: ImageStore, image_id: str) -> N
     store.claim(image_id)
     store.delete(image_id)
     assert list(store.unfinished()) == [image_id]
+
+
+def test_quarantine(store: ImageStore, image_id: str) -> None:
+    """What is set aside is no image any more, and cannot be set aside again; another of its id can come in."""
+    put(store, image_id, b"damaged")
+    store.quarantine(image_id)
+    assert (list(store.ids()), list(store.unfinished())) == ([], [])
+    with pytest.raises(NotFound):
+        store.open(image_id)
+    with pytest.raises(NotFound):
+        store.quarantine(image_id)
+    put(store, image_id, b"good")
+    assert content(store, image_id) == b"good"
+    assert list(store.quarantined()) == [image_id]
+
+
+def test_quarantine_twice(store: ImageStore, image_id: str) -> None:
+    """The second of an id leaves the first where it is, and so does a deletion."""
+    other = new_id()
+    assert list(store.quarantined()) == []
+    for aside in (image_id, other, image_id, image_id):
+        put(store, aside, b"damaged")
+        store.quarantine(aside)
+    store.delete(image_id)
+    assert sorted(store.quarantined()) == sorted([image_id, image_id, image_id, other])
+
+
+def test_what_is_set_aside_is_read_to_its_end(store: ImageStore, image_id: str) -> None:
+    """As with a deletion."""
+    put(store, image_id, b"damaged")
+    with closing(store.open(image_id)) as reader:
+        store.quarantine(image_id)
+        assert reader.read(0, 7) == b"damaged"
+
+
+def test_the_note_of_the_scrub(store: ImageStore) -> None:
+    """The last one counts."""
+    assert store.last_scrub() == ""
+    for note in ("a long note, which a short one follows", "short"):
+        store.remember_scrub(note)
+        assert store.last_scrub() == note
+    assert (list(store.ids()), list(store.unfinished())) == ([], [])
+
+
+def test_no_note_before_mark(fresh_store: ImageStore) -> None:
+    """There, too, nothing is written."""
+    assert (fresh_store.last_scrub(), list(fresh_store.quarantined())) == ("", [])
+    with pytest.raises(Unavailable):
+        fresh_store.remember_scrub("note")
 
 
 def test_reader_outlives_deletion(store: ImageStore, image_id: str) -> None:
@@ -280,9 +330,11 @@ def test_closed_store(store: ImageStore, image_id: str) -> None:
     for call in BY_ID.values():
         with pytest.raises(Unavailable):
             call(store, image_id)
-    for listing in (store.ids, store.unfinished):
+    for listing in (store.ids, store.unfinished, store.quarantined, store.last_scrub):
         with pytest.raises(Unavailable):
             list(listing())
+    with pytest.raises(Unavailable):
+        store.remember_scrub("note")
     with pytest.raises(Unavailable):
         store.space()
     with pytest.raises(Unavailable):

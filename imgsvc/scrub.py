@@ -1,0 +1,219 @@
+"""Reads images again and holds them against their records: bits rot. What does not match is set aside."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum, auto
+
+import structlog
+
+from imgsvc.errors import Conflict, ImgsvcError, NoSpace, NotFound, Stopping, Unavailable, Unreadable
+from imgsvc.images.store import ImageStore
+from imgsvc.metadata.image import Image, Status
+from imgsvc.metadata.store import Entry, MetadataStore
+from imgsvc.whole import Pace, digest_of
+
+# Seconds before a store that did not answer is asked again, and before a disk that did not.
+_RETRY_INTERVAL = 5.0
+_READ_AGAIN = 1.0
+# How often a record is written anew before it is left to the next pass: an hour's worth.
+_TRIES = 720
+# Seconds between two looks at the record of an image that is being read: one that was deleted gives its space back
+# only when nobody has it open.
+_LOOK_INTERVAL = 5.0
+
+log = structlog.get_logger()
+
+
+class Outcome(Enum):
+    MATCHES = auto()
+    DAMAGED = auto()
+    UNREAD = auto()
+    LEFT = auto()  # it has no digest yet, or was deleted or changed meanwhile
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What came of one image; `size` is in bytes, `reason` a sentence unless it matches."""
+
+    image_id: str
+    outcome: Outcome
+    size: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Fault:
+    """`certain` when it is the image's own, and not perhaps that of the whole disk."""
+
+    reason: str
+    certain: bool = True
+
+
+class Scrub:
+    """One pass over the images. It may run beside any number of others, in this process or not: what it changes it
+    changes by renaming and by comparing revisions."""
+
+    def __init__(self, images: ImageStore, records: MetadataStore, pace: Pace, closing: threading.Event) -> None:
+        """Once `closing` is set, `run` raises Stopping soon."""
+        self._images = images
+        self._records = records
+        self._pace = pace
+        self._closing = closing
+        self._look_at = 0.0
+
+    def run(self, after: str = "") -> Iterator[Finding]:
+        """Every complete image that this member is on record as holding, from the one that follows `after`, in the order of
+        their ids. Waits while the records cannot be had.
+
+        One whose bytes are held against their digest for other reasons, as those that nobody has vouched for yet, is
+        not on record here.
+        """
+        while True:
+            try:
+                for page in self._records.survey():
+                    for entry in page:
+                        if entry.image.id > after and _is_here(entry):
+                            yield self._checked(entry.image)
+                            after = entry.image.id
+            except Unavailable as error:
+                log.warning("scrub waits", reason=str(error))
+                self._wait(_RETRY_INTERVAL)
+            else:
+                return
+
+    def _checked(self, image: Image) -> Finding:
+        """Raises Unavailable when the records cannot be had."""
+        try:
+            return self._check(image.id)
+        except (Stopping, Unavailable):
+            raise
+        except (Conflict, NotFound) as error:
+            return Finding(image.id, Outcome.LEFT, reason=str(error))
+        except Exception as error:  # one image must not keep the others from being looked at
+            log.exception("scrub failed unexpectedly", image=image.id)
+            return Finding(image.id, Outcome.UNREAD, reason=str(error))
+
+    def _check(self, image_id: str) -> Finding:
+        image = self._records.get(image_id)  # a survey of a long pass is old
+        if image.status is not Status.COMPLETE:
+            return Finding(image_id, Outcome.LEFT, reason="it is not complete any more")
+        if not image.sha256:
+            return Finding(image_id, Outcome.LEFT, reason="it has no digest yet")
+        try:
+            fault = self._fault(image)
+        except Unavailable as error:
+            log.error("image not scrubbed", image=image_id, reason=str(error))
+            return Finding(image_id, Outcome.UNREAD, reason=str(error))
+        if fault is None:
+            return Finding(image_id, Outcome.MATCHES, image.size)
+        self._require_unchanged(image)
+        return self._set_aside(image, fault)
+
+    def _fault(self, image: Image) -> _Fault | None:
+        """None when the bytes are the image's. Raises Unavailable when that cannot be found out now, and Conflict or
+        NotFound when the record has changed."""
+        try:
+            return self._difference(image)
+        except Unavailable as error:
+            log.warning("image is read again", image=image.id, reason=str(error))
+        self._wait(_READ_AGAIN)
+        try:
+            return self._difference(image)
+        except Unreadable as error:
+            return _Fault(str(error), certain=False)
+
+    def _difference(self, image: Image) -> _Fault | None:
+        try:
+            reader = self._images.open(image.id)
+        except NotFound:
+            return _Fault("its file is missing")
+        with contextlib.closing(reader):
+            if reader.size != image.size:
+                return _Fault(f"its file has {reader.size} bytes, and the image {image.size}")
+            self._look_at = time.monotonic() + _LOOK_INTERVAL
+            sha256 = digest_of(reader, functools.partial(self._between, image))
+        return None if sha256 == image.sha256 else _Fault(f"its sha256 is {sha256}, and should be {image.sha256}")
+
+    def _between(self, image: Image, count: int) -> None:
+        """Between two blocks: as long as the pace wants, but not longer than anybody wants the image."""
+        until = time.monotonic() + self._pace.delay(count)
+        while True:
+            now = time.monotonic()
+            if now >= self._look_at:
+                self._look_at = now + _LOOK_INTERVAL
+                with contextlib.suppress(Unavailable):
+                    self._require_unchanged(image)
+            self._wait(max(min(until, self._look_at) - now, 0.0))
+            if now >= until:
+                return
+
+    def _require_unchanged(self, image: Image) -> None:
+        if self._records.get(image.id).revision != image.revision:
+            raise Conflict("its record has changed meanwhile")
+
+    def _set_aside(self, image: Image, fault: _Fault) -> Finding:
+        """First the bytes, then the record.
+
+        A process that dies in between leaves a complete record without bytes: nobody can download it, and the next
+        start and the next pass find it. The other way round it would leave bytes that a new fetch removes, although
+        they are to be kept; and one that was frozen there could later set aside what that fetch brought.
+        """
+        where = "its bytes are in quarantine"
+        try:
+            self._images.quarantine(image.id)
+        except NotFound:
+            if image.id not in self._images.quarantined():
+                where = "there are no bytes to keep"
+        except ImgsvcError as error:
+            if not fault.certain:
+                # A disk that takes no change either may be gone for a while, and all its images with it.
+                log.error("image cannot be read", image=image.id, reason=fault.reason)
+                return Finding(image.id, Outcome.UNREAD, reason=fault.reason)
+            where = f"its bytes stay where they are: {error}"
+        log.error("image damaged", image=image.id, reason=fault.reason, bytes_are=where)
+        self._condemn(image.id, f"the image is damaged: {fault.reason}; {where}")
+        return Finding(image.id, Outcome.DAMAGED, reason=f"{fault.reason}; {where}")
+
+    def _condemn(self, image_id: str, reason: str) -> None:
+        """Until the record says it."""
+        for _ in range(_TRIES):
+            try:
+                if self._says_so(image_id, reason):
+                    return
+            except (Unavailable, NoSpace) as error:
+                log.warning("record of a damaged image waits", image=image_id, reason=str(error))
+                self._wait(_RETRY_INTERVAL)
+        log.error("record of a damaged image left as it was", image=image_id)
+
+    def _says_so(self, image_id: str, reason: str) -> bool:
+        """False when the record changed at this very moment. An image that others hold stays complete."""
+        try:
+            image = self._records.get(image_id)
+            if image.status is not Status.COMPLETE:
+                return True
+            if self._records.holders(image_id):
+                self._records.release(image_id)
+                # Others may have found the same of theirs at the same time, and each have relied on the other.
+                if self._records.holders(image_id):
+                    log.info("copy released", image=image_id)
+                    return True
+            self._records.update(image.progressed(0).failed(reason))
+        except NotFound:
+            return True
+        except Conflict:
+            return False
+        return True
+
+    def _wait(self, seconds: float) -> None:
+        if self._closing.wait(seconds):
+            raise Stopping("the scrub was stopped")
+
+
+def _is_here(entry: Entry) -> bool:
+    return entry.here and entry.image.status is Status.COMPLETE
