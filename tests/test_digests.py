@@ -75,6 +75,16 @@ def test_an_image_that_cannot_be_read(rooms: Rooms) -> None:
     assert rooms.base.get(second.id).sha256
 
 
+def test_a_shutdown_in_the_middle_of_an_image(rooms: Rooms) -> None:
+    """It is not read to its end, and the next start begins it anew."""
+    image = complete(rooms, bytes(3 << 20), sha256="")
+    rooms.faults.plan = lambda _number, name: rooms.digests._closing.set() if name == "read" else None
+    rooms.digests.submit(image.id)
+    read(rooms)
+    assert rooms.faults.calls.count("read") == 1
+    assert rooms.base.get(image.id) == image
+
+
 @pytest.mark.parametrize("right", [True, False])
 def test_bytes_whose_record_has_a_digest(rooms: Rooms, records: SharedRecords, *, right: bool) -> None:
     """A file of the right name and size is not served for the image, nor put on record as a copy of it, before its

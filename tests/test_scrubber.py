@@ -112,12 +112,12 @@ def test_stopped_in_the_middle(running: ExitStack, rooms: Rooms) -> None:
     """While it keeps to its rate: at once, and what was read is noted."""
     images = sorted(complete(rooms).id for _ in range(3))
     scrubber = start(running, rooms, rate=100)
-    wait_until(lambda: times_read(rooms) == 2)
+    wait_until(lambda: times_read(rooms) == 3)
     began = time.monotonic()
     scrubber.close()
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 1
     assert not scrubber._thread.is_alive()
-    assert (noted(rooms).after, noted(rooms).done) == (images[0], False)
+    assert (noted(rooms).after, noted(rooms).done) == (images[1], False)
 
 
 def test_progress_is_noted(running: ExitStack, rooms: Rooms, monkeypatch: pytest.MonkeyPatch) -> None:

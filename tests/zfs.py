@@ -44,6 +44,21 @@ class ZfsPool:
     def mount(self, dataset: str) -> None:
         zfs("mount", f"{self.name}/{dataset}")
 
+    def rot(self, content: bytes) -> None:
+        """Changes a bit of the disk where these bytes lie, as they are in a file: from now on ZFS, which checks what
+        it reads, gives EIO for the block."""
+        with (self.directory.parent / "disk").open("r+b") as disk:
+            start, end = 0, disk.seek(0, os.SEEK_END)
+            while start < end:
+                start = os.lseek(disk.fileno(), start, os.SEEK_DATA)
+                stop = os.lseek(disk.fileno(), start, os.SEEK_HOLE)
+                found = os.pread(disk.fileno(), stop - start, start).find(content)
+                if found >= 0:
+                    os.pwrite(disk.fileno(), bytes([content[0] ^ 1]), start + found)
+                    return
+                start = stop
+        raise AssertionError("these bytes are not on the disk")
+
     def settle(self) -> None:
         """Has ZFS write what it gathered, and so free what was removed: by itself it does so every 30 seconds. Any
         change of a property makes it."""
