@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -48,8 +48,10 @@ class Stage:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.running.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        # Ctrl-C reaches the services too, and our SIGTERM is then the second signal, on which they just exit.
+        with suppress(*(AssertionError,) if kind is KeyboardInterrupt else ()):
+            self.running.close()
 
     def start_service(self, name: str) -> Service:
         """A service on its default stores, on a directory of this name, until the end."""
