@@ -96,7 +96,10 @@ def children(*commands: Sequence[str | Path]) -> Iterator[list[subprocess.Popen[
     running: list[subprocess.Popen[str]] = []
     try:
         running.extend(
-            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+            # A session of its own: Ctrl-C is for us alone, and we end it.
+            subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, start_new_session=True
+            )
             for command in commands
         )
         yield running
@@ -144,7 +147,7 @@ class Nginx:
         config.write_text(_NGINX.format(user=user, directory=directory, root=root, port=port))
         self.url = f"http://127.0.0.1:{port}"
         command = [str(program_path("nginx")), "-e", f"{directory}/error.log", "-p", str(directory), "-c", str(config)]
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, text=True)
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, text=True, start_new_session=True)
         try:
             wait_for(lambda: self._listens(port), _END_SECONDS, "nginx listens")
         except BaseException:
