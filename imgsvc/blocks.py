@@ -13,12 +13,13 @@ PATIENCE = 0.5
 class Blocks:
     """For one thread at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, position: int = 0) -> None:
+        """The first byte to come is the image's byte of that number."""
         self._buffer = bytearray()
-        self._room = BLOCK
+        self._room = BLOCK - position % BLOCK
         self._taken = time.monotonic()
 
-    def add(self, piece: bytes) -> None:
+    def add(self, piece: bytes | bytearray) -> None:
         self._buffer += piece
 
     def due(self) -> bool:

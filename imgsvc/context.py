@@ -10,6 +10,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -59,6 +60,9 @@ class Context:
         self._settled = threading.Event()
         self._closing = False
         with contextlib.ExitStack() as opened:
+            # One for each processor of a small machine: hashing is all that they do.
+            self._hashers = ThreadPoolExecutor(2, thread_name_prefix="hash")
+            opened.callback(self._hashers.shutdown)
             self.records_pool = _opened(opened, Pool("records", 16, patience=1.5, limit=_ANSWER_SECONDS))
             self.ends_pool = _opened(opened, Pool("ends", 16, limit=_ANSWER_SECONDS))
             self.reads_pool = _opened(opened, Pool("reads", 8))
@@ -77,7 +81,7 @@ class Context:
     def _wire(self) -> None:
         settlements = Settlements(self.images, self.records)
         room = Room(self.images, self.settings.max_image_size, self.settings.disk_reserve.of)
-        self.transfers = Transfers(self.images, self.records, room, settlements)
+        self.transfers = Transfers(self.images, self.records, room, settlements, hashers=self._hashers)
         self.fetcher = Fetcher(self.settings.fetch, self.images, self.records, self.transfers, settlements)
         self._digests = Digests(self.images, self.records)
         self.service = ImageService(

@@ -81,5 +81,13 @@ class FetchFailed(ImgsvcError):
     """The source could not be fetched; the text says why."""
 
 
+class Interrupted(FetchFailed):
+    """The source broke off in a way that it may get over; `retry_after` is what it said to wait, in seconds."""
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class Stopping(ImgsvcError):
     """The service is shutting down; what was going on is left for the next start."""

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import queue
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import structlog
 
-from imgsvc.blocks import Blocks
 from imgsvc.errors import FetchFailed, ImgsvcError, NotFound, Stopping, Unavailable
+from imgsvc.fetch import Fetch
 from imgsvc.images.store import ImageStore
 from imgsvc.metadata.image import Image, Status
 from imgsvc.metadata.store import MetadataStore
 from imgsvc.settings import FetchSettings
 from imgsvc.settlements import Settlements
-from imgsvc.source import Source
-from imgsvc.transfer import Transfer
+from imgsvc.throttle import Throttle
 from imgsvc.transfers import Transfers
+from imgsvc.turns import Turns
 
 # Seconds between two questions to a metadata store that does not answer.
 _RETRY_INTERVAL = 1.0
@@ -25,7 +26,8 @@ log = structlog.get_logger()
 
 
 class Fetcher:
-    """Images wait as pending for one of `settings.concurrency` threads, first come, first served."""
+    """Images wait as pending for one of `settings.concurrency` threads, first come, first served. A fetch whose source
+    broke off waits without one."""
 
     def __init__(
         self,
@@ -40,10 +42,12 @@ class Fetcher:
         self._records = records
         self._transfers = transfers
         self._settlements = settlements
-        self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._running: set[Transfer] = set()
+        self._throttle = Throttle(settings.max_bytes_per_second)
+        self._turns: Turns[_Turn] = Turns()
+        self._running: set[Fetch] = set()
         self._lock = threading.Lock()
-        self._stopping = threading.Event()
+        self._stopping = False
+        self._disk = ThreadPoolExecutor(settings.concurrency, thread_name_prefix="fetch-disk")
         self._threads = [
             threading.Thread(target=self._work, name=f"fetch-{number}", daemon=True)
             for number in range(settings.concurrency)
@@ -55,99 +59,99 @@ class Fetcher:
 
     def submit(self, image_id: str) -> None:
         """Has a claimed, pending image fetched. Returns at once."""
-        self._queue.put(image_id)
+        self._turns.put(_Turn(image_id))
 
     def close(self) -> None:
-        """Stops the running fetches and returns when they have; they and those that wait are left for the next
-        start."""
+        """Stops the fetches and returns when they have; they and those that wait are left for the next start."""
         with self._lock:
-            self._stopping.set()
+            self._stopping = True
             running = list(self._running)
-        for transfer in running:
-            transfer.cancel(Stopping("the service is stopping"))
-        for _ in self._threads:
-            self._queue.put(None)
+        for fetch in running:
+            fetch.transfer.cancel(Stopping("the service is stopping"))
+        waiting = self._turns.close()
         for thread in self._threads:
             if thread.is_alive():
                 thread.join()
+        for turn in waiting:
+            if turn.fetch is not None:
+                turn.fetch.transfer.suspend()
+        self._disk.shutdown()
 
     def _work(self) -> None:
-        while (image_id := self._queue.get()) is not None and not self._stopping.is_set():
-            with structlog.contextvars.bound_contextvars(image=image_id):
+        while (turn := self._turns.get()) is not None:
+            with structlog.contextvars.bound_contextvars(image=turn.image_id):
                 try:
-                    if (image := self._record(image_id)) is not None:
-                        self._fetch(image)
+                    self._take(turn)
                 except Exception:  # a thread that dies would leave every later image pending
                     log.exception("fetch failed unexpectedly")
 
-    def _fetch(self, image: Image) -> None:
+    def _take(self, turn: _Turn) -> None:
+        fetch = turn.fetch or self._begin(turn)
+        if fetch is None:
+            return
+        with self._lock:
+            self._running.add(fetch)
+            if self._stopping:
+                fetch.transfer.cancel(Stopping("the service is stopping"))
+        try:
+            wait = fetch.go_on()
+        except Stopping:
+            fetch.transfer.suspend()
+        except ImgsvcError as error:
+            fetch.transfer.abort(error)
+        except BaseException:
+            fetch.transfer.abort(FetchFailed("the fetch failed for a reason of our own, which is in the log"))
+            raise
+        else:
+            if wait is not None:
+                self._put_off(_Turn(turn.image_id, fetch), wait)
+        finally:
+            with self._lock:
+                self._running.discard(fetch)
+
+    def _begin(self, turn: _Turn) -> Fetch | None:
+        """None when there is nothing to fetch, or not yet."""
+        image = self._record(turn)
+        if image is None:
+            return None
         try:
             transfer = self._transfers.fetch(image)
         except ImgsvcError as error:
             self._settlements.fail(image, error)
-            return
-        with self._lock:
-            self._running.add(transfer)
-            if self._stopping.is_set():
-                transfer.cancel(Stopping("the service is stopping"))
-        try:
-            self._read(image.source, transfer)
-        except Stopping:
-            transfer.suspend()
-        except ImgsvcError as error:
-            transfer.abort(error)
-        except BaseException:
-            transfer.abort(FetchFailed("the fetch failed for a reason of our own, which is in the log"))
-            raise
-        finally:
-            with self._lock:
-                self._running.discard(transfer)
+            return None
+        return Fetch(transfer, self._transfers, self._settings, throttle=self._throttle, disk=self._disk)
 
-    def _record(self, image_id: str) -> Image | None:
+    def _record(self, turn: _Turn) -> Image | None:
         """The record, now that its turn has come; None when the image need not be fetched any more."""
         try:
-            image = self._records.get(image_id)
+            image = self._records.get(turn.image_id)
         except NotFound:
-            self._images.unclaim(image_id)
+            self._images.unclaim(turn.image_id)
             return None
         except Unavailable as error:
-            # To the end of the queue: it may be this record alone that cannot be read.
+            # Behind the others: it may be this record alone that cannot be read.
             log.warning("fetch waits for the metadata store", reason=str(error))
-            self._queue.put(image_id)
-            self._stopping.wait(_RETRY_INTERVAL)
+            self._turns.put(turn, _RETRY_INTERVAL)
             return None
         return image if image.status is Status.PENDING else None
 
-    def _read(self, url: str, transfer: Transfer) -> None:
-        intake = _Intake(self._transfers, transfer)
-        Source(url, self._settings, intake).read()
-        intake.flush()
-        transfer.finish()
+    def _put_off(self, turn: _Turn, seconds: float) -> None:
+        with self._lock:
+            if not self._stopping:
+                self._turns.put(turn, seconds)
+                return
+        if turn.fetch is not None:
+            turn.fetch.transfer.suspend()
 
 
-class _Intake:
-    """Hands what a source delivers to the transfer, in blocks."""
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """An image whose fetch is to begin, or the `fetch` that is to go on."""
 
-    def __init__(self, transfers: Transfers, transfer: Transfer) -> None:
-        self._transfers = transfers
-        self._transfer = transfer
-        self._blocks = Blocks()
+    image_id: str
+    fetch: Fetch | None = None
 
-    def begin(self, expected_size: int) -> None:
-        self._transfers.admit(expected_size)
-        self._transfer.start(expected_size)
-
-    def piece(self, data: bytes) -> None:
-        self._blocks.add(data)
-        if self._blocks.due():
-            self._transfer.feed(self._blocks.take())
-
-    def tick(self) -> None:
-        if self._transfer.cancelled is not None:
-            raise self._transfer.cancelled
-        if self._blocks.due():
-            self._transfer.feed(self._blocks.take())
-
-    def flush(self) -> None:
-        while block := self._blocks.take():
-            self._transfer.feed(block)
+    @property
+    def in_a_hurry(self) -> bool:
+        """Somebody has cancelled it."""
+        return self.fetch is not None and self.fetch.transfer.cancelled is not None

@@ -77,6 +77,27 @@ class FetchSettings:
         60.0,
         "Seconds without a byte after which a fetch fails, as its source has hung.",
     )
+    retries: int = _setting(
+        "fetch.retries",
+        integer(0, 1000),
+        5,
+        "Retries in a row without a byte of progress, after which a fetch from a source that broke off fails.",
+    )
+    connections: int = _setting(
+        "fetch.connections",
+        integer(1, 16),
+        4,
+        "Connections to a source that serves ranges, for an image above splitSize; each takes up to 8 MiB of memory.",
+    )
+    split_size: int = _setting(
+        "fetch.splitSize",
+        size(),
+        64 * 1024 * 1024,
+        "Bytes; a smaller image is not worth more than one connection.",
+    )
+    max_bytes_per_second: int = _setting(
+        "fetch.maxBytesPerSecond", size(), 0, "What all fetches together may take of the line. 0: all that there is."
+    )
     max_redirects: int = _setting(
         "fetch.maxRedirects",
         integer(0, 100),

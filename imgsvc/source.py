@@ -1,196 +1,303 @@
-"""Reads one HTTP source with pycurl, and takes nothing for whole that is not."""
+"""Reads one HTTP source, over one connection or several, and takes nothing for whole that is not."""
 
 from __future__ import annotations
 
-import re
-import socket
-import string
+import dataclasses
 import time
+from collections import deque
 from collections.abc import Callable
-from ipaddress import IPv6Address, ip_address
-from typing import Protocol, cast
-from urllib.parse import quote, urljoin
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import ParamSpec, Protocol
+from urllib.parse import urljoin
 
-import certifi
-import pycurl
-
-from imgsvc import __version__
-from imgsvc.errors import FetchFailed, IdleTimeout, ImgsvcError, Incomplete
+from imgsvc.blocks import BLOCK
+from imgsvc.errors import FetchFailed, ImgsvcError, Interrupted
 from imgsvc.metadata.image import UNKNOWN_SIZE
 from imgsvc.settings import FetchSettings
+from imgsvc.source_answer import Answer, Part, Version
+from imgsvc.source_curl import Request, Requests
+
+P = ParamSpec("P")
 
 _OK = 200
+_PARTIAL_CONTENT = 206
 _REDIRECTS = (301, 302, 303, 307, 308)
+_RANGE_NOT_SATISFIABLE = 416
+_TOO_MANY_REQUESTS = 429
+_SERVER_ERRORS = range(500, 600)
 # Seconds that a source which has sent all it announced has to close, or to show that it sends more.
 _GRACE = 1.0
-# A write callback that returns anything but the length it was given ends the transfer, as a progress callback does
-# that returns anything but 0.
-_ABORT = -1
-_LOOPBACK = {4: "127.0.0.1", 6: "::1"}
-_LENGTH = re.compile(r"[0-9]{1,18}")
+# Seconds between two looks at what does not come from curl.
+_TICK = 0.25
+# Bytes that one of several connections fetches at a time. So many for each of them may wait in memory.
+PIECE = 8 * BLOCK
 
 
 class Sink(Protocol):
     """Where the bytes of a source go. Whatever it raises ends the reading, and comes out of `Source.read`."""
 
-    def begin(self, expected_size: int) -> None:
-        """The source answers with a body of `expected_size` bytes, or UNKNOWN_SIZE."""
+    def begin(self, version: Version, offset: int) -> None:
+        """The pieces that follow are those of the version from `offset` on: how far the last reading came, or 0, and
+        then all that came before is void."""
 
-    def piece(self, data: bytes) -> None: ...
+    def pace(self, size: int) -> None:
+        """So many bytes have arrived; returns when more may."""
+
+    def piece(self, data: bytes | bytearray) -> None:
+        """The next bytes in order."""
 
     def tick(self) -> None:
         """Called at least once a second, also while nothing arrives."""
 
 
 class Source:
-    """One reading of one URL; `read` may be called once."""
+    """One URL, for one thread. `version` is what was found there, now or by an earlier fetch."""
 
-    def __init__(self, url: str, settings: FetchSettings, sink: Sink) -> None:
+    def __init__(self, url: str, settings: FetchSettings, sink: Sink, version: Version | None = None) -> None:
+        self.version = version
         self._url = url
         self._settings = settings
         self._sink = sink
-        self._answer = _Answer()
-        self._begun = False
-        self._received = 0
-        self._heard = time.monotonic()
-        self._error: Exception | None = None
-        self._denied: str | None = None
+        self._alone = settings.connections == 1
 
-    def read(self) -> None:
-        """Returns when the whole body has gone to the sink.
+    def read(self, offset: int = 0) -> None:
+        """Returns when the whole body, or what is left of `version` from `offset` on, has gone to the sink. A version
+        without a strong ETag is read from the beginning.
 
-        Raises FetchFailed when the source cannot be reached, is not allowed or answers with anything but 200 in the
-        end, Incomplete when its body is shorter or longer than announced, IdleTimeout when it sends nothing for
-        `stall_timeout`, or what the sink raised.
+        Raises Interrupted when the source cannot be reached, breaks off, is silent for `stall_timeout`, or answers 429
+        or 5xx: then it may be read again. Raises FetchFailed when it is not allowed, or answers with anything else but
+        200 in the end; Incomplete when its body is longer than announced; or what the sink raised.
         """
-        curl = pycurl.Curl()
-        try:
-            self._set_up(curl)
-            for _ in range(self._settings.max_redirects + 1):
-                if self._read_to_the_end(curl):
-                    return
-            raise FetchFailed(f"the source redirected more than {self._settings.max_redirects} times")
-        finally:
-            curl.close()
+        known = self.version or Version(self._url)
+        if not known.etag:
+            offset = 0
+        elif offset == known.length:
+            self._sink.begin(known, offset)
+            return
+        with closing(_Reading(self._settings, self._sink, known, alone=self._alone)) as reading:
+            try:
+                reading.read(offset)
+            finally:
+                self.version = reading.version
+                self._alone = reading.alone
 
-    def _set_up(self, curl: pycurl.Curl) -> None:
-        set_option = curl.setopt
-        set_option(pycurl.NOSIGNAL, 1)  # curl's signals are not for programs with threads
-        set_option(pycurl.PROTOCOLS, pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS)
-        set_option(pycurl.PROXY, "")  # a proxy would connect where `_open_socket` cannot look
-        set_option(pycurl.OPENSOCKETFUNCTION, self._open_socket)
-        set_option(pycurl.CAINFO, certifi.where())
-        set_option(pycurl.USERAGENT, f"imgsvc/{__version__}")
-        set_option(pycurl.CONNECTTIMEOUT_MS, round(self._settings.connect_timeout * 1000))
-        # curl stops reading at the announced length, and so would not see that a source sends more. We count
-        # ourselves, and ask the source to close, for that is now the end of a body that is not chunked.
-        set_option(pycurl.IGNORE_CONTENT_LENGTH, 1)
-        set_option(pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_1_1)
-        set_option(pycurl.HTTPHEADER, ["Connection: close"])
-        set_option(pycurl.HEADERFUNCTION, self._guard(self._header, None))
-        set_option(pycurl.WRITEFUNCTION, self._guard(self._write, None))
-        set_option(pycurl.NOPROGRESS, 0)
-        set_option(pycurl.XFERINFOFUNCTION, self._guard(self._progress, 0))
 
-    def _read_to_the_end(self, curl: pycurl.Curl) -> bool:
-        """False when the URL is now another one."""
-        curl.setopt(pycurl.URL, self._url.encode())
-        try:
-            curl.perform()
-        except pycurl.error as error:
-            if isinstance(self._error, _Redirected):
-                self._url = _resolved(self._url, self._error.location)
-                self._error = self._denied = None
-                return False
-            self._explain(error)
-        if not self._begun:
-            raise FetchFailed("the source closed the connection in the middle of its headers")
-        if self._answer.length != UNKNOWN_SIZE and self._received < self._answer.length:
-            raise Incomplete(f"the source announced {self._answer.length} bytes and sent only {self._received}")
-        return True
+@dataclass(eq=False)
+class _Stretch:
+    """Bytes from `first` to `end`, excluded, or to the source's end, that one request brings. They wait in `waiting`
+    until all before them are there."""
 
-    def _guard(self, callback: Callable[..., None], success: int | None) -> Callable[..., int | None]:
-        """Remembers the first error, which curl would turn into a bare number, and pycurl print."""
+    request: Request
+    first: int
+    end: int | None = None
+    got: int = 0
+    waiting: bytearray = field(default_factory=bytearray)
+    done: bool = False
 
-        def guarded(*args: object) -> int | None:
-            if self._error is None:
-                try:
-                    callback(*args)
-                except Exception as error:  # noqa: BLE001 - `_explain` raises it
-                    self._error = error
-                else:
-                    return success
-            return _ABORT
+    @property
+    def position(self) -> int:
+        return self.first + self.got
 
-        return guarded
+    @property
+    def is_full(self) -> bool:
+        return self.position == self.end
 
-    def _open_socket(self, _purpose: int, address: tuple[int, int, int, tuple[str, int]]) -> socket.socket | int:
-        """Looks at each address that curl is about to connect to, whatever name or spelling led to it."""
-        family, kind, protocol, name = address
-        ip = ip_address(name[0].partition("%")[0])
-        if isinstance(ip, IPv6Address) and ip.ipv4_mapped is not None:
-            ip = ip.ipv4_mapped
-        if ip.is_unspecified:  # where the kernel connects to this host
-            ip = ip_address(_LOOPBACK[ip.version])
-        if any(ip in network for network in self._settings.deny_networks):
-            self._denied = str(ip)
-            return pycurl.SOCKET_BAD
-        self._heard = time.monotonic()
-        return _Socket(family, kind, protocol)
 
-    def _header(self, line: bytes) -> None:
-        self._heard = time.monotonic()
-        text = line.decode("latin-1").strip()
-        if text.startswith("HTTP/"):
-            # A number, or curl would have refused it.
-            self._answer = _Answer(int(text.split()[1]))
-        elif self._begun:
-            pass  # a trailer: the body's length was said before
-        elif text:
-            self._answer.take(text)
-        elif self._answer.status >= _OK:
-            self._begin()
+class _Reading:
+    """One try. It begins with one connection. Where the source turns out to serve ranges of the same version, others
+    fetch pieces ahead of it; a source that does not keep to that is left to the one connection.
 
-    def _begin(self) -> None:
-        """The headers of an answer are there; those of 100 (Continue) and its like are no answer."""
-        answer = self._answer
-        if answer.status in _REDIRECTS and answer.location:
+    `version` is what was found; `alone` says that more than one connection is of no use.
+    """
+
+    def __init__(self, settings: FetchSettings, sink: Sink, version: Version, *, alone: bool) -> None:
+        self.version = version
+        self.alone = alone
+        self._settings = settings
+        self._sink = sink
+        self._requests = Requests()
+        self._stretches: deque[_Stretch] = deque()
+        self._of: dict[Request, _Stretch] = {}
+        self._probe: Request | None = None
+        # The first byte that nobody has asked for, once there are several connections.
+        self._next: int | None = None
+        self._redirects = 0
+
+    def close(self) -> None:
+        self._requests.close()
+
+    def read(self, offset: int) -> None:
+        self._ask_for_rest(offset)
+        while self._stretches:
+            for request, code, message in self._requests.step(_TICK):
+                self._ended(request, code, message)
+            self._hand_on()
+            self._ask_for_pieces()
+            self._sink.tick()
+            self._look_for_silence()
+
+    # What becomes of answers: a `Receiver`.
+
+    def answered(self, request: Request) -> None:
+        answer = request.answer
+        if request.part is not None and request.part.last is not None:
+            if answer.status != _PARTIAL_CONTENT or not answer.is_part(request.part, self.version.length):
+                raise Interrupted(f"the source answered {answer.status} to a range", answer.retry_after)
+            if request is self._probe:
+                self._split()
+        elif answer.status in _REDIRECTS and answer.location:
             raise _Redirected(answer.location)
-        if answer.status != _OK:
-            raise FetchFailed(f"the source answered {answer.status}")
-        self._begun = True
-        self._sink.begin(answer.length)
+        else:
+            self._begin(request)
 
-    def _write(self, data: bytes) -> None:
-        self._received += len(data)
-        if self._answer.length != UNKNOWN_SIZE and self._received > self._answer.length:
-            raise Incomplete(f"the source announced {self._answer.length} bytes and sent more")
-        self._sink.piece(data)
-        self._heard = time.monotonic()  # not before: a slow disk is not the source's fault
+    def received(self, request: Request, data: bytes) -> None:
+        stretch = self._of.get(request)
+        if stretch is None:
+            return  # the probe's byte
+        if stretch.is_full:
+            raise _Enough
+        if stretch.end is not None:
+            data = data[: stretch.end - stretch.position]
+        stretch.got += len(data)
+        self._unhurried(self._sink.pace, len(data))
+        if stretch is self._stretches[0]:
+            self._unhurried(self._sink.piece, data)
+        else:
+            stretch.waiting += data
 
-    def _progress(self, *_totals: object) -> None:
-        self._sink.tick()
-        silent = time.monotonic() - self._heard
-        if self._is_whole():
-            if silent > _GRACE:
-                raise _Whole
-        elif silent > self._settings.stall_timeout:
-            # curl's own watch averages over five seconds, and so is late.
-            raise IdleTimeout(f"the source sent nothing for {self._settings.stall_timeout:g} seconds")
+    # One connection.
 
-    def _is_whole(self) -> bool:
-        return self._begun and self._received == self._answer.length
+    def _ask_for_rest(self, offset: int) -> None:
+        part = Part(offset, None, self.version.etag) if offset else None
+        self._add(_Stretch(Request(self.version.url, part, self._settings, self), offset))
 
-    def _explain(self, error: pycurl.error) -> None:
-        """Raises what curl's error means, unless nothing is missing."""
-        if self._error is not None and not isinstance(self._error, _Whole):
-            raise self._error from error
-        if self._is_whole():
-            return  # how the connection ends after the last byte is nobody's concern
-        code, message = cast("tuple[int, str]", error.args)
-        if code == pycurl.E_COULDNT_CONNECT and self._denied is not None:
-            raise FetchFailed(f"the source's address {self._denied} is in fetch.denyNetworks") from error
-        raise FetchFailed(f"the source could not be fetched: {message} (curl {code})") from error
+    def _begin(self, request: Request) -> None:
+        answer, part = request.answer, request.part
+        stretch = self._of[request]
+        _check_status(answer, part)
+        if answer.status == _OK:
+            self.version = Version(request.url, answer.etag, answer.length)
+            stretch.first = 0
+        elif part is None or not answer.is_part(part, self.version.length):
+            raise _NoSuchPart
+        self._unhurried(self._sink.begin, self.version, stretch.first)
+        rest = self.version.length - stretch.first
+        if not self.alone and self.version.etag and answer.takes_ranges and rest > self._settings.split_size:
+            last = self.version.length - 1
+            self._probe = Request(self.version.url, Part(last, last, self.version.etag), self._settings, self)
+
+    def _ended(self, request: Request, code: int, message: str) -> None:
+        stretch = self._of.pop(request, None)
+        if stretch is None:  # the probe
+            self.alone = self._next is None
+            return
+        try:
+            request.check(code, message)
+        except _Enough:
+            pass
+        except _Redirected as redirect:
+            self._follow(redirect, stretch)
+            return
+        except _NoSuchPart:
+            self._stretches.clear()
+            self.version = Version(request.url)
+            self._ask_for_rest(0)
+            return
+        except FetchFailed as error:
+            if stretch.end is None:
+                raise
+            self.alone = True
+            raise Interrupted(str(error), getattr(error, "retry_after", None)) from error
+        end = self.version.length if stretch.end is None else stretch.end
+        if end not in (UNKNOWN_SIZE, stretch.position):
+            raise Interrupted(f"the source ended after {stretch.position} of {end} bytes")
+        stretch.done = True
+
+    def _follow(self, redirect: _Redirected, stretch: _Stretch) -> None:
+        if self._redirects == self._settings.max_redirects:
+            raise FetchFailed(f"the source redirected more than {self._settings.max_redirects} times")
+        self._redirects += 1
+        self._stretches.clear()
+        self.version = dataclasses.replace(self.version, url=_resolved(stretch.request.url, redirect.location))
+        self._ask_for_rest(stretch.first)
+
+    def _hand_on(self) -> None:
+        """What waits only for what came before it."""
+        while self._stretches:
+            head = self._stretches[0]
+            if head.is_full and head.request.may_go_on:
+                self._end(head)
+            if not head.done:
+                return
+            self._stretches.popleft()
+            if self._stretches:
+                waiting, self._stretches[0].waiting = self._stretches[0].waiting, bytearray()
+                self._unhurried(self._sink.piece, waiting)
+
+    # Several connections.
+
+    def _split(self) -> None:
+        """From now on the first connection brings a piece like the others."""
+        first = self._stretches[0]
+        end = (first.position // BLOCK + 1) * BLOCK + PIECE
+        if end < self.version.length:
+            first.end = self._next = end
+
+    def _ask_for_pieces(self) -> None:
+        if self._probe is not None and not self._probe.begun:
+            self._requests.add(self._probe)
+        if self._next is None or not self._stretches:
+            return
+        connections, length = self._settings.connections, self.version.length
+        latest = self._stretches[0].position + connections * PIECE
+        while self._next < min(length, latest) and len(self._of) < connections:
+            end = min(self._next + PIECE, length)
+            part = Part(self._next, end - 1, self.version.etag)
+            self._add(_Stretch(Request(self.version.url, part, self._settings, self), self._next, end))
+            self._next = end
+
+    # All of them.
+
+    def _add(self, stretch: _Stretch) -> None:
+        self._stretches.append(stretch)
+        self._of[stretch.request] = stretch
+        self._requests.add(stretch.request)
+
+    def _end(self, stretch: _Stretch) -> None:
+        self._requests.end(stretch.request)
+        self._of.pop(stretch.request, None)
+        stretch.done = True
+
+    def _look_for_silence(self) -> None:
+        for request, seconds in self._requests.silent():
+            if request.may_go_on and request.is_whole and seconds > _GRACE:
+                self._end(self._of[request])
+            elif seconds > self._settings.stall_timeout:
+                if request is self._probe:
+                    self._requests.end(request)
+                    self.alone = True
+                else:
+                    # curl's own watch averages over five seconds, and so is late.
+                    raise Interrupted(f"the source sent nothing for {self._settings.stall_timeout:g} seconds")
+
+    def _unhurried(self, call: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+        """A slow disk, or a limit of ours, is not the source's silence."""
+        began = time.monotonic()
+        call(*args, **kwargs)
+        self._requests.forgive(time.monotonic() - began)
+
+
+def _check_status(answer: Answer, part: Part | None) -> None:
+    """Raises what an answer without the bytes means."""
+    if answer.status == _OK or (part is not None and answer.status == _PARTIAL_CONTENT):
+        return
+    if part is not None and answer.status == _RANGE_NOT_SATISFIABLE:
+        raise _NoSuchPart
+    message = f"the source answered {answer.status}"
+    if answer.status == _TOO_MANY_REQUESTS or answer.status in _SERVER_ERRORS:
+        raise Interrupted(message, answer.retry_after)
+    raise FetchFailed(message)
 
 
 def _resolved(url: str, location: str) -> str:
@@ -201,40 +308,6 @@ def _resolved(url: str, location: str) -> str:
         raise FetchFailed("the source redirected to what is no URL") from error
 
 
-class _Socket(socket.socket):
-    """pycurl goes on with a duplicate of the descriptor, and drops this one, which closes without a warning then."""
-
-    def __del__(self) -> None:
-        self.close()
-
-
-class _Answer:
-    """What the headers of one answer say. `length` is that of the body, or UNKNOWN_SIZE."""
-
-    def __init__(self, status: int = 0) -> None:
-        self.status = status
-        self.length = UNKNOWN_SIZE
-        self.location = ""
-        self._chunked = False
-
-    def take(self, header: str) -> None:
-        """Raises FetchFailed when the length makes no sense."""
-        name, _, value = header.partition(":")
-        value = value.strip()
-        match name.strip().lower():
-            case "location":
-                # Sources that send bytes beyond ASCII here mean them as they are.
-                self.location = quote(value, safe=string.punctuation, encoding="latin-1")
-            case "transfer-encoding":
-                # It overrides a length (RFC 9112, section 6.3).
-                self._chunked = True
-                self.length = UNKNOWN_SIZE
-            case "content-length" if not self._chunked:
-                if not _LENGTH.fullmatch(value) or self.length not in (UNKNOWN_SIZE, int(value)):
-                    raise FetchFailed("the source sent a Content-Length that makes no sense")
-                self.length = int(value)
-
-
 class _Redirected(ImgsvcError):
     """Ends the reading of an answer that says where the source is; curl would read its body first."""
 
@@ -243,5 +316,9 @@ class _Redirected(ImgsvcError):
         self.location = location
 
 
-class _Whole(ImgsvcError):
-    """Ends the reading of a body that is all there."""
+class _NoSuchPart(ImgsvcError):
+    """The source cannot go on where the last reading ended, and has to be read from its beginning."""
+
+
+class _Enough(ImgsvcError):
+    """Ends a request whose further bytes others bring."""

@@ -6,7 +6,6 @@ record is final, so that the next start finds what a crash left even when nobody
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from enum import StrEnum
 import structlog
 
 from imgsvc.errors import Conflict, ImgsvcError, Incomplete, NotFound, Stopping, Unavailable, WrongDigest
-from imgsvc.images.store import ImageWriter
+from imgsvc.intake import Intake, Origin
 from imgsvc.metadata.image import UNKNOWN_SIZE, Image
 from imgsvc.metadata.store import MetadataStore
 from imgsvc.room import Room
@@ -36,15 +35,15 @@ class Kind(StrEnum):
 class Transfer:
     """One image on its way in, driven by one owner: a request or a fetch thread.
 
-    The owner calls `feed`, and then `finish` (or its two steps), or at any point `abort` or `suspend`, one call at a time. `cancel` and
-    `report` may be called by anybody at any time. Every method may block.
+    The owner calls `feed`, and then `finish` (or its two steps), or at any point `abort` or `suspend`, one call at a
+    time. `cancel` and `report` may be called by anybody at any time. Every method may block.
     """
 
     def __init__(
         self,
         image: Image,
         kind: Kind,
-        writer: ImageWriter,
+        intake: Intake,
         *,
         records: MetadataStore,
         room: Room,
@@ -53,18 +52,21 @@ class Transfer:
     ) -> None:
         self.image = image
         self.kind = kind
-        self.size = 0
         self.cancelled: ImgsvcError | None = None
-        self._writer = writer
+        self._intake = intake
         self._records = records
         self._room = room
         self._settlements = settlements
         self._call_ended = ended
-        self._digest = hashlib.sha256()
         self._bytes = threading.Lock()
         self._record = threading.Lock()
         self._over = False
         self._began = self._reported = time.monotonic()
+
+    @property
+    def size(self) -> int:
+        """Bytes so far."""
+        return self._intake.size
 
     @property
     def missing(self) -> int:
@@ -76,17 +78,35 @@ class Transfer:
         try:
             self.image = self._records.create(self.image)
         except ImgsvcError as error:
-            self._close_writer()
+            self._end_intake(Intake.abort)
             self._settlements.discard(self.image.id)
             self._end("refused", error)
             raise
 
+    def recover(self) -> Origin | None:
+        """Goes on behind the bytes that are there already, after hashing them anew. Returns the `origin` that the
+        transfer was restarted with when it brought them, None when there are none. Raises what the transfer was
+        cancelled with, Unavailable or NoSpace."""
+        with self._bytes:
+            self._check_running()
+            return self._intake.recover(self._check_running)
+
+    def restart(self, origin: Origin | None) -> None:
+        """Forgets the bytes so far: those that come now are others. With an `origin`, which says what they are, they
+        can be gone on with after a stop or a crash. Raises as `recover` does."""
+        with self._bytes:
+            self._check_running()
+            if origin is None:
+                self._intake.restart()
+            else:
+                self._intake.begin(origin)
+
     def start(self, expected_size: int) -> None:
-        """The source has answered, and announced `expected_size` bytes or UNKNOWN_SIZE: the record says
+        """The source has answered, and announced `expected_size` bytes in all or UNKNOWN_SIZE: the record says
         `downloading`, now or, when its store does not answer, with the first progress that it takes. Raises NotFound
         when it is gone, Conflict when somebody has ended it, NoSpace."""
         with self._record:
-            started = self.image.started(expected_size)
+            started = self.image.started(expected_size, self.size)
             try:
                 self.image = self._settlements.write(started)
             except Unavailable as error:
@@ -104,9 +124,7 @@ class Transfer:
                 raise Incomplete(f"{expected} bytes were announced, and more were sent")
             self._room.check_size(size)
             self._room.check_space(len(block))
-            self._digest.update(block)
-            self._writer.write(block)
-            self.size = size
+            self._intake.take(block)
 
     def finish(self) -> Image:
         """All bytes were fed: `commit`, and then `complete`."""
@@ -122,7 +140,7 @@ class Transfer:
             if expected != UNKNOWN_SIZE and self.size < expected:
                 raise Incomplete(f"{expected} bytes were announced, and only {self.size} came")
             self._check_digest()
-            self._writer.commit()
+            self._intake.commit()
             self._over = True
 
     def complete(self) -> Image:
@@ -133,7 +151,7 @@ class Transfer:
         """
         try:
             with self._record:
-                self.image = self._settlements.complete(self.image, self.size, self._digest.hexdigest())
+                self.image = self._settlements.complete(self.image, self.size, self._intake.sha256)
         except Conflict as error:
             self._end("error", error)
             raise
@@ -148,15 +166,15 @@ class Transfer:
 
         Never raises: what cannot be settled now is settled as soon as the metadata store answers.
         """
-        if not self._close_writer():
+        if not self._end_intake(Intake.abort):
             return
         with self._record:
             self.image = self._settlements.fail(self.image, reason)
         self._end("error", reason)
 
     def suspend(self) -> None:
-        """Stops for a shutdown and leaves a fetch claimed and pending, for the next start to begin again."""
-        if not self._close_writer():
+        """Stops for a shutdown and leaves a fetch claimed and pending, for the next start to go on with."""
+        if not self._end_intake(Intake.close):
             return
         try:
             with self._record:
@@ -201,17 +219,17 @@ class Transfer:
             raise Stopping("the transfer is over")
 
     def _check_digest(self) -> None:
-        wanted, found = self.image.expected_sha256, self._digest.hexdigest()
+        wanted, found = self.image.expected_sha256, self._intake.sha256
         if wanted and wanted != found:
             raise WrongDigest(f"the bytes have the SHA-256 {found}, and were to have {wanted}")
 
-    def _close_writer(self) -> bool:
-        """Ends the intake and drops its bytes; False when it had ended before."""
+    def _end_intake(self, end: Callable[[Intake], None]) -> bool:
+        """False when it had ended before."""
         with self._bytes:
             if self._over:
                 return False
             self._over = True
-            self._writer.abort()
+            end(self._intake)
             return True
 
     def _end(self, outcome: str, reason: Exception | None = None) -> None:

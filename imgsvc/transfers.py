@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import Executor
 
 import structlog
 
 from imgsvc.errors import ImgsvcError, NoSpace, Unavailable
 from imgsvc.images.store import ImageStore
+from imgsvc.intake import Intake
 from imgsvc.metadata.image import Image, ImageType, new_id
 from imgsvc.metadata.store import MetadataStore
 from imgsvc.room import Room
@@ -18,13 +20,16 @@ log = structlog.get_logger()
 
 
 class Transfers:
-    """Every method may be called from any thread, and may block."""
+    """Every method may be called from any thread, and may block. Digests are computed by `hashers`."""
 
-    def __init__(self, images: ImageStore, records: MetadataStore, room: Room, settlements: Settlements) -> None:
+    def __init__(
+        self, images: ImageStore, records: MetadataStore, room: Room, settlements: Settlements, *, hashers: Executor
+    ) -> None:
         self._images = images
         self._records = records
         self._room = room
         self._settlements = settlements
+        self._hashers = hashers
         self._running: dict[str, Transfer] = {}
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -46,22 +51,24 @@ class Transfers:
         self.admit(expected_size)
         image = Image(id=new_id(), type=image_type, comment=comment, expected_sha256=expected_sha256)
         image = image.started(expected_size)
-        transfer = self._begin(image, Kind.UPLOAD)
+        transfer = self._begin(image, Kind.UPLOAD, keep=False)
         transfer.create()
         return transfer
 
     def fetch(self, image: Image) -> Transfer:
-        """Begins the fetch of a claimed, pending image. Raises NoSpace or Unavailable."""
+        """Begins the fetch of a claimed, pending image, whose owner may `recover` what an earlier fetch left. Raises
+        NoSpace or Unavailable."""
         self._images.delete(image.id)  # an image in error may have bytes, which the Go program left
-        return self._begin(image, Kind.FETCH)
+        return self._begin(image, Kind.FETCH, keep=True)
 
-    def admit(self, expected_size: int) -> None:
-        """Raises TooLarge or NoSpace when as many bytes cannot come in beside what was announced to the transfers
-        that are running."""
+    def admit(self, expected_size: int, transfer: Transfer | None = None) -> None:
+        """Raises TooLarge or NoSpace when as many bytes, less those that the transfer has, cannot come in beside what
+        was announced to the others that are running."""
         self._room.check_size(expected_size)
         with self._lock:
-            announced = sum(transfer.missing for transfer in self._running.values())
-        self._room.check_space(max(expected_size, 0) + announced)
+            announced = sum(other.missing for other in self._running.values() if other is not transfer)
+        missing = expected_size - (0 if transfer is None else transfer.size)
+        self._room.check_space(max(missing, 0) + announced)
 
     def is_known(self, image_id: str) -> bool:
         """Whether this process is transferring the image, or has yet to settle it."""
@@ -76,11 +83,11 @@ class Transfers:
         if transfer is not None:
             transfer.cancel(reason)
 
-    def _begin(self, image: Image, kind: Kind) -> Transfer:
+    def _begin(self, image: Image, kind: Kind, *, keep: bool) -> Transfer:
         transfer = Transfer(
             image,
             kind,
-            self._images.writer(image.id),
+            Intake(self._images.writer(image.id, keep=keep), self._hashers),
             records=self._records,
             room=self._room,
             settlements=self._settlements,

@@ -55,6 +55,7 @@ class Service(Client):
         self.command = [sys.executable, "-m", "imgsvc", "serve", "--port", "0", "--data-dir", str(data_dir)]
         self.settings: dict[str, object] = {
             "image_store_config_dir": data_dir / "images",
+            "fetch_retries": 0,  # a source that fails in a test does so at once
             "shutdown_timeout": 2,  # a test that fails in mid-transfer should not take long to end
             **settings,
         }

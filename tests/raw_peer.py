@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from imgsvc.settings import FetchSettings
 from imgsvc.source import Source
+from imgsvc.source_answer import Version
 
 
 @dataclass
@@ -23,15 +24,21 @@ class Collected:
     raises: Mapping[str, Exception] = field(default_factory=dict)
     pause: float = 0.0
     begun: list[int] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
     body: bytearray = field(default_factory=bytearray)
     ticks: list[float] = field(default_factory=list)
     calls_after_error: int = -1
 
-    def begin(self, expected_size: int) -> None:
-        self.begun.append(expected_size)
+    def begin(self, version: Version, offset: int) -> None:
+        self.begun.append(version.length)
+        self.offsets.append(offset)
+        del self.body[offset:]
         self._called("begin")
 
-    def piece(self, data: bytes) -> None:
+    def pace(self, size: int) -> None:
+        pass
+
+    def piece(self, data: bytes | bytearray) -> None:
         time.sleep(self.pause)
         self.body += data
         self._called("piece")

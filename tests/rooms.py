@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Protocol
@@ -53,9 +54,11 @@ class Rooms:
         self.records = flaky_records(base, self.faults)
         self.settlements = Settlements(self.images, self.records)
         self.room = Room(self.images, max_image_size, reserve)
-        self.transfers = Transfers(self.images, self.records, self.room, self.settlements)
+        self.transfers = Transfers(
+            self.images, self.records, self.room, self.settlements, hashers=ThreadPoolExecutor(1)
+        )
         settings = FetchSettings(
-            concurrency=concurrency, connect_timeout=1.0, stall_timeout=stall_timeout, deny_networks=()
+            concurrency=concurrency, connect_timeout=1.0, stall_timeout=stall_timeout, deny_networks=(), retries=0
         )
         self.fetcher = Fetcher(settings, self.images, self.records, self.transfers, self.settlements)
         self.digests = Digests(self.images, self.records)
@@ -91,6 +94,13 @@ class Rooms:
         image = Image(id=new_id(), type=ImageType.KVM, source=source)
         self.disk.claim(image.id)
         return self.base.create(image)
+
+    def take_turns(self) -> list[str]:
+        """The ids of the images that wait to be fetched, which then wait no more."""
+        turns = self.fetcher._turns._waiting
+        waiting = [turn.image_id for *_, turn in sorted(turns)]
+        turns.clear()
+        return waiting
 
     def listed(self) -> dict[str, Image]:
         return {image.id: image for page in self.base.list() for image in page}

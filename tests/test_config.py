@@ -479,6 +479,10 @@ OTHER_VALUES: dict[str, object] = {
     "fetch.concurrency": 2,
     "fetch.connectTimeout": 7.5,
     "fetch.stallTimeout": 7.5,
+    "fetch.retries": 2,
+    "fetch.connections": 2,
+    "fetch.splitSize": 5,
+    "fetch.maxBytesPerSecond": 5,
     "fetch.maxRedirects": 2,
     "fetch.denyNetworks": ["10.0.0.0/8", "fc00::/7"],
 }

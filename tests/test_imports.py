@@ -49,7 +49,7 @@ RULES: tuple[Only | AtMost, ...] = (
         ("imgsvc.api.*", "imgsvc.serve", "imgsvc.context", "imgsvc.pools"),
         "what is below the pools runs in threads, and knows of no event loop",
     ),
-    Only(("pycurl",), ("imgsvc.source",), "curl's numbers are translated where curl is called"),
+    Only(("pycurl",), ("imgsvc.source_curl",), "curl's numbers are translated where curl is called"),
     Only(
         ("etcd3", "etcd3.*"), ("imgsvc.etcd_messages",), "etcd3 needs protobuf in pure Python, chosen before its import"
     ),

@@ -215,10 +215,7 @@ class Everything:
         member = self.rooms.disk.member
         assert self.records.holding[self.brought.id] == {member}
         assert self.records.holding[self.moved.id] == {OTHER.id}
-        queue = self.rooms.fetcher._queue
-        assert {
-            queue.get_nowait() for _ in range(queue.qsize())
-        } == fetches  # a fetch that is no longer pending is skipped
+        assert set(self.rooms.take_turns()) == fetches  # a fetch that is no longer pending is skipped
 
 
 def swept(rooms: Rooms) -> bool:

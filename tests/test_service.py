@@ -45,7 +45,7 @@ def test_a_create_whose_outcome_is_not_known(rooms: Rooms, fault: Fault) -> None
     told = fetch(rooms) if fault.applied else None
     rooms.settlements.retry()
     assert set(rooms.listed()) == rooms.claims() == ({told.id} if told else set())
-    assert rooms.fetcher._queue.empty() is (told is None)
+    assert rooms.take_turns() == ([told.id] if told else [])
 
 
 def test_a_source_in_the_last_moment_of_its_failing_fetch(rooms: Rooms) -> None:

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from imgsvc.errors import FetchFailed, IdleTimeout, ImgsvcError, Incomplete
+from imgsvc.errors import FetchFailed, ImgsvcError, Incomplete, Interrupted
 from imgsvc.metadata.image import UNKNOWN_SIZE
 from tests import source as http
 from tests.raw_peer import Answer, Collected, RawPeer, read
@@ -67,7 +67,7 @@ class TestBody:
     def test_short(self, source: http.Source, by: int) -> None:
         """A body that ends early says how much there was."""
         url = source.serve("/image", http.Resource(BODY, cut_after=len(BODY) - by))
-        assert refusal(url, Incomplete) == f"the source announced {len(BODY)} bytes and sent only {len(BODY) - by}"
+        assert refusal(url, Interrupted) == f"the source announced {len(BODY)} bytes and sent only {len(BODY) - by}"
 
     @pytest.mark.parametrize("announced", [0, 1, len(BODY) - 1])
     def test_long(self, source: http.Source, announced: int) -> None:
@@ -256,7 +256,7 @@ class TestSilence:
         """It is given up after stall_timeout, and not much later."""
         resource = http.Resource(BODY, hold=sent is None, stall_after=sent)
         began = time.monotonic()
-        assert "nothing for 0.6 seconds" in refusal(source.serve("/image", resource), IdleTimeout, stall_timeout=0.6)
+        assert "nothing for 0.6 seconds" in refusal(source.serve("/image", resource), Interrupted, stall_timeout=0.6)
         assert 0.6 <= time.monotonic() - began < 2.0
 
     def test_a_slow_source_is_none(self, source: http.Source) -> None:
@@ -279,7 +279,7 @@ class TestSilence:
         """The sink is asked at least once a second whether to go on, while nothing comes."""
         sink = Collected()
         began = time.monotonic()
-        with pytest.raises(IdleTimeout):
+        with pytest.raises(Interrupted):
             read(source.serve("/image", http.Resource(BODY, stall_after=5)), sink, stall_timeout=1.8)
         times = [began, *sink.ticks]
         assert max(later - earlier for earlier, later in itertools.pairwise(times)) < 1.2

@@ -109,8 +109,8 @@ def recover(rooms: Rooms) -> None:
     """The stores answer, and the threads that retry and fetch have had their turn."""
     rooms.faults.heal()
     rooms.settlements.retry()
-    while not rooms.fetcher._queue.empty():
-        image = rooms.listed().get(rooms.fetcher._queue.get() or "")
+    for image_id in rooms.take_turns():
+        image = rooms.listed().get(image_id)
         if image is not None and image.status is Status.PENDING:
             transfer = rooms.transfers.fetch(image)
             transfer.start(5)

@@ -79,14 +79,14 @@ class Image:
         """Whether somebody must still bring this image to an end."""
         return self.status in (Status.PENDING, Status.DOWNLOADING)
 
-    def started(self, expected_size: int) -> Self:
-        """Bytes are about to arrive; `expected_size` as announced, or UNKNOWN_SIZE."""
+    def started(self, expected_size: int, size: int = 0) -> Self:
+        """Bytes are about to arrive, of `size` that are there to `expected_size` as announced, or UNKNOWN_SIZE."""
         return dataclasses.replace(
             self,
             status=Status.DOWNLOADING,
-            size=0,
+            size=size,
             expected_size=expected_size,
-            download_start=datetime.now(UTC),
+            download_start=self.download_start or datetime.now(UTC),
             download_end=None,
         )
 
