@@ -25,7 +25,7 @@ _READ_AGAIN = 1.0
 _TRIES = 720
 # Seconds between two looks at the record of an image that is being read: one that was deleted gives its space back
 # only when nobody has it open.
-_LOOK_INTERVAL = 5.0
+_LOOK_INTERVAL = 2.0
 
 log = structlog.get_logger()
 

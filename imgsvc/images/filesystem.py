@@ -156,7 +156,7 @@ class FilesystemImageStore:
     def quarantine(self, image_id: str) -> None:
         name = require_id(image_id)
         self._require_marked()
-        with self._lock, translated(f"set image {image_id} aside"), _found(image_id):
+        with translated(f"set image {image_id} aside"), _found(image_id):
             self._directory.make(_QUARANTINE)
             aside = next(path for path in _names_aside(name) if not self._directory.exists(path))
             self._directory.rename(name, aside)
