@@ -247,10 +247,10 @@ class _Reading:
     def _ask_for_pieces(self) -> None:
         if self._probe is not None and not self._probe.begun:
             self._requests.add(self._probe)
-        if self._next is None or not self._stretches:
+        if self._next is None:
             return
         connections, length = self._settings.connections, self.version.length
-        latest = self._stretches[0].position + connections * PIECE
+        latest = (self._stretches[0].position if self._stretches else self._next) + connections * PIECE
         while self._next < min(length, latest) and len(self._of) < connections:
             end = min(self._next + PIECE, length)
             part = Part(self._next, end - 1, self.version.etag)
