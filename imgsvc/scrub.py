@@ -177,36 +177,44 @@ class Scrub:
                 return Finding(image.id, Outcome.UNREAD, reason=fault.reason)
             where = f"its bytes stay where they are: {error}"
         log.error("image damaged", image=image.id, reason=fault.reason, bytes_are=where)
-        self._condemn(image.id, f"the image is damaged: {fault.reason}; {where}")
+        self._condemn(image, f"the image is damaged: {fault.reason}; {where}")
         return Finding(image.id, Outcome.DAMAGED, reason=f"{fault.reason}; {where}")
 
-    def _condemn(self, image_id: str, reason: str) -> None:
+    def _condemn(self, judged: Image, reason: str) -> None:
         """Until the record says it."""
         for _ in range(_TRIES):
             try:
-                if self._says_so(image_id, reason):
+                if self._says_so(judged, reason):
                     return
             except (Unavailable, NoSpace) as error:
-                log.warning("record of a damaged image waits", image=image_id, reason=str(error))
+                log.warning("record of a damaged image waits", image=judged.id, reason=str(error))
                 self._wait(_RETRY_INTERVAL)
-        log.error("record of a damaged image left as it was", image=image_id)
+        log.error("record of a damaged image left as it was", image=judged.id)
 
-    def _says_so(self, image_id: str, reason: str) -> bool:
-        """False when the record changed at this very moment. An image that others hold stays complete."""
+    def _says_so(self, judged: Image, reason: str) -> bool:
+        """False when the record changed at this very moment. An image that others hold stays complete, and so does
+        one that another scrub condemned and that was fetched again since."""
         try:
-            image = self._records.get(image_id)
-            if image.status is not Status.COMPLETE:
+            image = self._records.get(judged.id)
+            if image.status is not Status.COMPLETE or (image.revision != judged.revision and self._has_bytes(image)):
                 return True
-            if self._records.holders(image_id):
-                self._records.release(image_id)
+            if self._records.holders(image.id):
+                self._records.release(image.id)
                 # Others may have found the same of theirs at the same time, and each have relied on the other.
-                if self._records.holders(image_id):
-                    log.info("copy released", image=image_id)
+                if self._records.holders(image.id):
+                    log.info("copy released", image=image.id)
                     return True
             self._records.update(image.progressed(0).failed(reason))
         except NotFound:
             return True
         except Conflict:
+            return False
+        return True
+
+    def _has_bytes(self, image: Image) -> bool:
+        try:
+            self._images.size(image.id)
+        except NotFound:
             return False
         return True
 

@@ -17,7 +17,7 @@ from imgsvc.metadata.store import Member
 from imgsvc.scrub import Finding, Outcome, Scrub
 from imgsvc.whole import Pace
 from tests.flaky import DAMAGED, FULL, LOST, UNKNOWN, Fault, Killed
-from tests.images.helpers import content
+from tests.images.helpers import content, put
 from tests.left_behind import BODY, complete, interrupted
 from tests.rooms import SITE, Place, Rooms, wait_until
 from tests.shared_records import OTHER, SharedRecords
@@ -159,6 +159,24 @@ class TestMeanwhile:
         self.when("quarantine", rooms, lambda: rooms.disk.quarantine(image.id))
         assert scrub(rooms)[image.id].outcome is Outcome.DAMAGED
         check_aside(rooms, image)
+
+    @pytest.mark.parametrize("whole", [True, False])
+    def test_found_by_two_and_fetched_again(self, rooms: Rooms, *, whole: bool) -> None:
+        """Before the second could write its record: what the fetch brought is not condemned, unless its bytes are
+        gone."""
+        image = complete(rooms)
+        rot(rooms, image)
+
+        def fetch_again() -> None:
+            failed = rooms.base.update(rooms.base.get(image.id).failed("the other scrub says so"))
+            if whole:
+                put(rooms.disk, image.id, BODY)
+            rooms.base.update(rooms.base.update(failed.requeued()).completed(len(BODY), DIGEST))
+
+        self.when("update", rooms, fetch_again)
+        scrub(rooms)
+        rooms.faults.heal()
+        assert rooms.base.get(image.id).status is (Status.COMPLETE if whole else Status.ERROR)
 
     def when_read(self, rooms: Rooms, happens: object) -> None:
         """At the end of the image."""
