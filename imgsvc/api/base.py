@@ -173,15 +173,18 @@ class BaseHandler(RequestHandler):
     async def drain(self) -> None:
         """Waits until what was written is on its way. Raises IdleTimeout when the client takes nothing for
         `idleTimeout`, StreamClosedError when it has left."""
-        flushed = asyncio.ensure_future(self.flush())
+        await self.until_taken(asyncio.ensure_future(self.flush()))
+
+    async def until_taken(self, going_out: asyncio.Future[None]) -> None:
+        """Waits for what is done when the client has taken something. Raises as `drain` does."""
         idle_timeout = self.context.settings.idle_timeout
         taken = acknowledged(self._connection.stream)
-        while not (await asyncio.wait({flushed}, timeout=idle_timeout))[0]:
+        while not (await asyncio.wait({going_out}, timeout=idle_timeout))[0]:
             before, taken = taken, acknowledged(self._connection.stream)
             if taken == before:
-                flushed.cancel()
+                going_out.cancel()
                 raise IdleTimeout(f"the client took nothing for {idle_timeout:g} seconds")
-        flushed.result()
+        going_out.result()
 
     def _no_such_method(self, *_: str) -> None:
         raise HTTPError(self.otherwise)

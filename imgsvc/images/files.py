@@ -16,6 +16,9 @@ from imgsvc.images.directory import Directory, write_all
 # Behind the name of the file that they are about.
 NOTES = ".notes"
 
+# What a file system says that has no sendfile; some of those in user space have none.
+_NO_SENDFILE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
+_PIECE = 1 << 18
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # A sector that cannot be read, and the words of file systems that check what they read.
 _DAMAGED = frozenset({errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.EILSEQ, errno.ENODATA, errno.EREMOTEIO})
@@ -177,15 +180,39 @@ class FileReader:
     def read(self, offset: int, length: int) -> bytes:
         wanted = max(min(length, self.size - offset), 0)
         with self._lock, translated(f"read image {self._id}"):
-            if self._descriptor is None:
-                raise Unavailable(f"image {self._id} is no longer being read")
-            return read_all(self._descriptor, offset, wanted, self._id)
+            return read_all(self._opened(), offset, wanted, self._id)
+
+    def send(self, descriptor: int, offset: int, length: int) -> int:
+        try:
+            with self._lock, translated(f"read image {self._id}", but=(ConnectionError, TimeoutError, BlockingIOError)):
+                sent = pass_on(self._opened(), descriptor, offset, min(length, self.size - offset))
+        except BlockingIOError:
+            return 0
+        if sent == 0:
+            raise Unavailable(f"image {self._id} is shorter than it was")
+        return sent
 
     def close(self) -> None:
         with self._lock:
             descriptor, self._descriptor = self._descriptor, None
             if descriptor is not None:
                 os.close(descriptor)
+
+    def _opened(self) -> int:
+        if self._descriptor is None:
+            raise Unavailable(f"image {self._id} is no longer being read")
+        return self._descriptor
+
+
+def pass_on(source: int, out: int, offset: int, length: int) -> int:
+    """How many bytes of the file `source` the socket `out` took, 0 at the file's end. Raises OSError."""
+    try:
+        return os.sendfile(out, source, offset, length)
+    except OSError as error:
+        if error.errno not in _NO_SENDFILE:
+            raise
+    block = os.pread(source, min(length, _PIECE), offset)
+    return os.write(out, block) if block else 0
 
 
 def read_all(descriptor: int, offset: int, length: int, image_id: str) -> bytes:
@@ -214,10 +241,12 @@ def image_size(image_id: str, found: os.stat_result) -> int:
 
 
 @contextmanager
-def translated(action: str) -> Iterator[None]:
-    """Turns an OSError into a sentence that says which action failed, and names no path."""
+def translated(action: str, but: tuple[type[OSError], ...] = ()) -> Iterator[None]:
+    """Turns an OSError, `but` for these, into a sentence that says which action failed, and names no path."""
     try:
         yield
+    except but:
+        raise
     except OSError as error:
         raise _kind(error)(f"cannot {action}: {error.strerror}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -252,6 +253,12 @@ class _MemoryReader:
         if self._image is None:
             raise Unavailable(f"image {self._id} is no longer being read")
         return bytes(memoryview(self._image)[offset : offset + length])
+
+    def send(self, descriptor: int, offset: int, length: int) -> int:
+        try:
+            return os.write(descriptor, self.read(offset, length))
+        except BlockingIOError:
+            return 0
 
     def close(self) -> None:
         self._image = None

@@ -33,6 +33,13 @@ class ImageReader(Protocol):
     def read(self, offset: int, length: int) -> bytes:
         """Up to `length` bytes from `offset`; fewer only at the end."""
 
+    def send(self, descriptor: int, offset: int, length: int) -> int:
+        """Writes up to `length` bytes from `offset`, which is before the end, to a socket that does not block.
+
+        Returns how many it took, 0 when it takes none now. Raises ConnectionError or TimeoutError when it never will
+        again, and what `read` raises.
+        """
+
     def close(self) -> None: ...
 
 

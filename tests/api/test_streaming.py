@@ -288,12 +288,12 @@ class TestDownload:
         self, http_server: HTTPServer, http_port: int, service: Service
     ) -> None:
         """Fewer bytes than announced, and the end of the connection: nobody takes that for the image."""
-        image = service.complete(bytes(3 * MIB))
-        reads = iter(range(100))
-        service.faults.plan = lambda _number, call: LOST if call == "read" and next(reads) == 2 else None
+        image = service.complete(bytes(6 * MIB))
+        sends = iter(range(100))
+        service.faults.plan = lambda _number, call: LOST if call == "send" and next(sends) == 1 else None
         async with connected(http_port) as wire:
             await wire.send(b"GET /images/%b/download HTTP/1.1\r\nHost: x\r\n\r\n" % image.id.encode())
             head, body = await wire.answer()
         assert head.startswith(b"HTTP/1.1 200")
-        assert b"content-length: %d" % (3 * MIB) in head.lower()
-        assert len(body) == 2 * MIB
+        assert b"content-length: %d" % (6 * MIB) in head.lower()
+        assert 0 < len(body) < 6 * MIB

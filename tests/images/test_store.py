@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import pkgutil
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -218,6 +221,45 @@ def test_read_at_offsets(store: ImageStore, image_id: str) -> None:
         assert reader.read(0, 4) == b"0123"
 
 
+@pytest.mark.parametrize("has_sendfile", [True, False])
+def test_send(store: ImageStore, image_id: str, has_sendfile: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A socket that does not block gets bytes from the offset, as many as it takes, also from a file system that has
+    no sendfile."""
+    if not has_sendfile:
+        monkeypatch.setattr(os, "sendfile", no_sendfile)
+    expected = content_of(image_id, 3 * BLOCK)
+    put(store, image_id, expected)
+    out, far = socket.socketpair()
+    with closing(store.open(image_id)) as reader, out, far:
+        out.setblocking(False)
+        assert reader.send(out.fileno(), 5, 7) == 7
+        assert far.recv(100) == expected[5:12]
+        offset, received = 12, bytearray()
+        while offset < len(expected):
+            offset += (sent := reader.send(out.fileno(), offset, BLOCK))
+            if sent == 0:
+                received += far.recv(BLOCK)
+        out.shutdown(socket.SHUT_WR)
+        while piece := far.recv(BLOCK):
+            received += piece
+        assert received == expected[12:]
+
+
+def test_send_to_nobody(store: ImageStore, image_id: str) -> None:
+    """A socket whose other side has gone is no trouble with the disk, and it is said differently."""
+    put(store, image_id, b"whole")
+    out, far = socket.socketpair()
+    with closing(store.open(image_id)) as reader, out:
+        far.close()
+        out.setblocking(False)
+        with pytest.raises(ConnectionError):
+            reader.send(out.fileno(), 0, 5)
+
+
+def no_sendfile(*_: object) -> int:
+    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+
 def test_closed_reader(store: ImageStore, image_id: str) -> None:
     """A reader may be closed twice, and reads nothing afterwards."""
     put(store, image_id, b"whole")
@@ -226,6 +268,9 @@ def test_closed_reader(store: ImageStore, image_id: str) -> None:
     reader.close()
     with pytest.raises(Unavailable):
         reader.read(0, 1)
+    out, far = socket.socketpair()
+    with out, far, pytest.raises(Unavailable):
+        reader.send(out.fileno(), 0, 1)
 
 
 def test_kinds_of_blocks(store: ImageStore, image_id: str) -> None:

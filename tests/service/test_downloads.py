@@ -5,15 +5,18 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.client import Connection
 from tests.harness import Service, wait_for
-from tests.service.conftest import LIMIT, MIB
+from tests.service.conftest import IDLE, LIMIT, MIB
 
-CONTENT = os.urandom(5 * MIB + 7)
+CONTENT = os.urandom(16 * MIB + 7)
 
 
 @pytest.fixture
@@ -30,7 +33,8 @@ def logged(service: Service, image_id: str) -> list[tuple[int, int]]:
 def test_parts_make_the_whole(service: Service) -> None:
     """Whatever the ranges, on one connection, each has exactly its bytes; put together they are the image."""
     image = service.upload(CONTENT)
-    cuts = sorted({0, 1, MIB - 1, MIB, 3 * MIB + 1, *random.sample(range(len(CONTENT)), 20), len(CONTENT)})
+    few = random.sample(range(3 * MIB), 20)
+    cuts = sorted({0, 1, MIB - 1, MIB, 3 * MIB + 1, *few, 4 * MIB, 8 * MIB, 12 * MIB + 1, len(CONTENT)})
     wanted, whole = [], bytearray()
     with Connection(service.port) as connection:
         for first, end in itertools.pairwise(cuts):
@@ -93,6 +97,39 @@ def test_a_range_that_nobody_reads(service: Service) -> None:
         wait_for(lambda: service.image_files() == [], 5, "the file is closed")
         assert connection.closed(2)
     assert [status for status, _ in logged(service, image["id"])] == [599]
+
+
+def test_slow_readers_keep_nobody_waiting(service: Service) -> None:
+    """While 64 clients hardly read, the next one gets its image at once, and memory stays where it was."""
+    content = os.urandom(LIMIT)
+    image = service.upload(content)
+    before = service.memory()
+    with ExitStack() as slow:
+        readers = [slow.enter_context(Connection(service.port, receive_buffer=4096)) for _ in range(64)]
+        for reader in readers:
+            reader.send(f"GET /images/{image['id']}/download HTTP/1.1\r\nHost: x\r\n\r\n")
+        for reader in readers:
+            assert reader.head()[0] == 200
+        began = time.monotonic()
+        assert service.download(image["id"]).body == content
+        assert time.monotonic() - began < 3
+        assert service.memory() - before < 40 * MIB
+
+
+@pytest.mark.parametrize("leave", [Connection.reset, Connection.finish])
+def test_a_client_that_leaves(service: Service, leave: Callable[[Connection], None]) -> None:
+    """The file is closed at once, and the request logged with what was sent until then."""
+    image = service.upload(bytes(LIMIT))
+    with Connection(service.port, receive_buffer=4096) as connection:
+        connection.send(f"GET /images/{image['id']}/download HTTP/1.1\r\nHost: x\r\n\r\n")
+        received = len(connection.recv(MIB))
+        time.sleep(0.2)  # until the service waits
+        leave(connection)
+        wait_for(lambda: service.image_files() == [], IDLE / 2, "the file is closed")
+    wait_for(lambda: logged(service, image["id"]), 2, "the download is logged")
+    ((status, sent),) = logged(service, image["id"])
+    assert status == 499
+    assert received <= sent < LIMIT
 
 
 def truncate(path: Path, size: int) -> None:
