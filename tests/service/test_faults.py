@@ -376,7 +376,7 @@ def test_a_large_list_in_http_1_0(start_service: StartService, many_images: Path
 
 def test_the_head_of_a_large_list(start_service: StartService, many_images: Path) -> None:
     """HEAD of 20,000 images costs no more than a page of them, and the connection goes on."""
-    service = start_service(many_images)
+    service = start_service(many_images, scrub_interval=0)  # its first pass looks at all records, too
     busy = service.cpu_seconds()
     with Connection(service.port) as connection:
         connection.send("HEAD /images HTTP/1.1\r\nHost: x\r\n\r\nGET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
