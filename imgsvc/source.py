@@ -155,8 +155,6 @@ class _Reading:
         stretch = self._of.get(request)
         if stretch is None:
             return  # the probe's byte
-        if stretch.is_full:
-            raise _Enough
         if stretch.end is not None:
             data = data[: stretch.end - stretch.position]
         stretch.got += len(data)
@@ -194,8 +192,6 @@ class _Reading:
             return
         try:
             request.check(code, message)
-        except _Enough:
-            pass
         except _Redirected as redirect:
             self._follow(redirect, stretch)
             return
@@ -226,8 +222,8 @@ class _Reading:
         """What waits only for what came before it."""
         while self._stretches:
             head = self._stretches[0]
-            if head.is_full and head.request.may_go_on:
-                self._end(head)
+            if head.is_full and not head.done and head.request.may_go_on:
+                self._end(head)  # its further bytes are those of the next
             if not head.done:
                 return
             self._stretches.popleft()
@@ -318,7 +314,3 @@ class _Redirected(ImgsvcError):
 
 class _NoSuchPart(ImgsvcError):
     """The source cannot go on where the last reading ended, and has to be read from its beginning."""
-
-
-class _Enough(ImgsvcError):
-    """Ends a request whose further bytes others bring."""

@@ -39,12 +39,14 @@ _PASSING = frozenset(
 
 
 class Receiver(Protocol):
-    """What becomes of an answer. Whatever a method raises ends the request, and comes out of `Request.check`."""
+    """What becomes of an answer."""
 
     def answered(self, request: Request) -> None:
-        """The headers are there; those of 100 (Continue) and its like are no answer."""
+        """The headers are there; those of 100 (Continue) and its like are no answer. Whatever it raises ends the
+        request, and comes out of `Request.check`."""
 
-    def received(self, request: Request, data: bytes) -> None: ...
+    def received(self, request: Request, data: bytes) -> None:
+        """Whatever it raises comes out of `Requests.step`."""
 
 
 class Request:
@@ -64,6 +66,7 @@ class Request:
         self.curl = pycurl.Curl()
         self._settings = settings
         self._receiver = receiver
+        self._arrived: list[bytes] = []
         self._error: Exception | None = None
         self._denied: str | None = None
         self._set_up()
@@ -95,6 +98,18 @@ class Request:
         if self.answer.length != UNKNOWN_SIZE:
             raise Interrupted(f"the source announced {self.answer.length} bytes and sent only {self.body}")
 
+    def hand_on(self) -> None:
+        """What has arrived goes to the receiver. Raises Incomplete when it is more than was announced, or what the
+        receiver raises."""
+        if not self._arrived:
+            return
+        data = b"".join(self._arrived)
+        self._arrived.clear()
+        self.body += len(data)
+        if self.answer.length != UNKNOWN_SIZE and self.body > self.answer.length:
+            raise Incomplete(f"the source announced {self.answer.length} bytes and sent more")
+        self._receiver.received(self, data)
+
     def _set_up(self) -> None:
         set_option = self.curl.setopt
         set_option(pycurl.URL, self.url.encode())
@@ -106,14 +121,14 @@ class Request:
         set_option(pycurl.USERAGENT, f"imgsvc/{__version__}")
         set_option(pycurl.CONNECTTIMEOUT_MS, round(self._settings.connect_timeout * 1000))
         set_option(pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_1_1)
-        set_option(pycurl.BUFFERSIZE, 512 * 1024)
+        set_option(pycurl.BUFFERSIZE, 128 * 1024)
         fields = [] if self.part is None else self.part.fields
         if self.may_go_on:
             set_option(pycurl.IGNORE_CONTENT_LENGTH, 1)
             fields = [*fields, "Connection: close"]
         set_option(pycurl.HTTPHEADER, [field.encode("latin-1") for field in fields])
         set_option(pycurl.HEADERFUNCTION, self._guard(self._header))
-        set_option(pycurl.WRITEFUNCTION, self._guard(self._write))
+        set_option(pycurl.WRITEFUNCTION, self._write)
 
     def _guard(self, callback: Callable[[bytes], None]) -> Callable[[bytes], int | None]:
         """Remembers the first error, which curl would turn into a bare number, and pycurl print."""
@@ -158,12 +173,13 @@ class Request:
             self.has_answer = True
             self._receiver.answered(self)
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes) -> int | None:
+        """Curl hands over 16 KiB at most, and so calls this 65,536 times a GiB."""
+        if self._error is not None:
+            return _ABORT
+        self._arrived.append(data)
         self.heard = time.monotonic()
-        self.body += len(data)
-        if self.answer.length != UNKNOWN_SIZE and self.body > self.answer.length:
-            raise Incomplete(f"the source announced {self.answer.length} bytes and sent more")
-        self._receiver.received(self, data)
+        return None
 
 
 class Requests:
@@ -207,8 +223,8 @@ class Requests:
             request.heard += seconds
 
     def step(self, seconds: float) -> list[tuple[Request, int, str]]:
-        """Waits for something to happen, so many seconds at most, and lets curl work on it. Returns the requests that
-        have ended, each with curl's number and text of why."""
+        """Waits for something to happen, so many seconds at most, lets curl work on it, and hands on what arrived.
+        Returns the requests that have ended, each with curl's number and text of why."""
         now = time.monotonic()
         if self._timer is not None:
             seconds = min(seconds, max(self._timer - now, 0))
@@ -218,6 +234,8 @@ class Requests:
         if self._timer is not None and time.monotonic() >= self._timer:
             self._timer = None
             self._multi.socket_action(pycurl.SOCKET_TIMEOUT, 0)
+        for request in list(self._requests.values()):
+            request.hand_on()
         return self._ended()
 
     def close(self) -> None:
