@@ -38,10 +38,12 @@ STATUS: dict[errors.ImgsvcError, int] = {
     errors.NoSpace("a sentence"): 507,
     errors.Unavailable("a sentence"): 503,
     errors.Elsewhere("a sentence"): 503,
+    errors.Unreadable("a sentence"): 503,
     errors.Incomplete("a sentence"): 400,
     errors.IdleTimeout("a sentence"): 408,
     errors.WrongDigest("a sentence"): 422,
     errors.FetchFailed("a sentence"): 500,
+    errors.Interrupted("a sentence"): 500,
     errors.Stopping("a sentence"): 503,
 }
 
