@@ -68,15 +68,16 @@ class Settlements:
 
     def write(self, image: Image) -> Image:
         """Updates the record of a transfer of ours, also when its revision is not the one that we know: an earlier
-        write may have succeeded although we were told otherwise. Raises Conflict when it is no longer in transfer, or
-        when another member transfers it by now."""
-        try:
-            return self._records.update(image)
-        except Conflict:
-            stored = self._records.get(image.id)
-            if not stored.in_transfer or not self._records.may_own(image.id):
-                raise
-            return self._records.update(image.at_revision(stored.revision))
+        write may have succeeded although we were told otherwise, or may succeed at this very moment. Raises Conflict
+        when it is no longer in transfer, or when another member transfers it by now."""
+        while True:
+            try:
+                return self._records.update(image)
+            except Conflict:
+                stored = self._records.get(image.id)
+                if not stored.in_transfer or not self._records.may_own(image.id):
+                    raise
+                image = image.at_revision(stored.revision)
 
     def waiting(self, image_id: str) -> bool:
         with self._lock:

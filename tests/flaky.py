@@ -75,6 +75,17 @@ class Faults:
 
         self.plan = plan
 
+    def at(self, call: str, time: int, happens: Callable[[], object]) -> None:
+        """Before the call of this name for the first, second … `time`, something else happens."""
+        times = iter(range(1, time + 1))
+
+        def plan(_number: int, name: str) -> Fault | None:
+            if name == call and next(times, None) == time:
+                happens()
+            return None
+
+        self.plan = plan
+
     def always(self, *calls: str, fault: Fault = LOST) -> None:
         """From now on every call ends with the fault, or every one of these names."""
         self.plan = lambda _number, name: fault if not calls or name in calls else None

@@ -43,6 +43,15 @@ class TestWrite:
         assert rooms.settlements.write(image.progressed(4)).size == 4
         assert rooms.base.get(image.id).size == 4
 
+    def test_over_a_write_that_arrives_late(self, rooms: Rooms) -> None:
+        """One's own earlier write may be on its way still, and change the record between the look at it and the next
+        write; that is no reason to leave the record in transfer for ever."""
+        image = downloading(rooms)
+        known = rooms.base.update(image.progressed(3))
+        rooms.faults.at("update", 2, lambda: rooms.base.update(known.progressed(4)))
+        assert rooms.settlements.write(image.progressed(5)).size == 5
+        assert rooms.base.get(image.id).size == 5
+
     @pytest.mark.parametrize("end", [lambda i: i.failed("theirs"), lambda i: i.completed(5, "ab")])
     def test_not_over_a_final_state(self, rooms: Rooms, end: Callable[[Image], Image]) -> None:
         """Whoever ended it: an end stays."""
