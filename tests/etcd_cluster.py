@@ -25,6 +25,8 @@ from typing import Any, Self
 
 import pytest
 
+from tests.harness import freeze
+
 # Enough for an election on a busy machine, and still short beside the time-outs under test.
 _START_SECONDS = 30.0
 _ELECTION_MS = 500
@@ -140,12 +142,12 @@ class EtcdCluster:
 
     def stop(self, i: int) -> None:
         """Freezes member i: its connections stay open, and nothing answers on them."""
-        self._signal(i, signal.SIGSTOP)
+        freeze(self._running(i))
         self._frozen.add(i)
 
     def cont(self, i: int) -> None:
         """Lets a frozen member go on."""
-        self._signal(i, signal.SIGCONT)
+        self._running(i).send_signal(signal.SIGCONT)
         self._frozen.discard(i)
 
     def restore(self) -> None:
@@ -240,11 +242,11 @@ class EtcdCluster:
         except (OSError, ValueError):
             return False
 
-    def _signal(self, i: int, number: signal.Signals) -> None:
+    def _running(self, i: int) -> subprocess.Popen[bytes]:
         process = self._processes[i]
         if process is None:
             raise AssertionError(f"etcd {i} is not running")
-        process.send_signal(number)
+        return process
 
     def _tls(self) -> ssl.SSLContext | None:
         if self._certificates is None:

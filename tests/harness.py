@@ -32,6 +32,13 @@ def wait_for(true: Callable[[], object], seconds: float, what: str) -> None:
         time.sleep(0.02)
 
 
+def freeze(child: subprocess.Popen[bytes]) -> None:
+    """SIGSTOP. Returns when no thread of it runs any more: sending the signal does not wait for that, and a process that
+    is on another processor may answer once more."""
+    child.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, child.pid, os.WSTOPPED)
+
+
 @dataclass(frozen=True)
 class Census:
     """What a process holds at one moment: files by the name that /proc gives them, sockets by number, threads."""
@@ -143,6 +150,10 @@ class Service(Client):
 
     def signal(self, number: signal.Signals) -> None:
         self._running().send_signal(number)
+
+    def freeze(self) -> None:
+        """Until SIGCONT nothing of it runs, and its connections stay open."""
+        freeze(self._running())
 
     def wait_exit(self, timeout: float = _EXIT_SECONDS) -> int:
         """The exit status; fails when the process lives on."""

@@ -140,7 +140,7 @@ def test_delete_at_another_host_and_the_last_byte_at_once(one: Service, other: S
 @contextmanager
 def frozen(service: Service, etcd: EtcdCluster) -> Iterator[None]:
     """Paused for longer than its lease, as a virtual machine may be."""
-    service.signal(signal.SIGSTOP)
+    service.freeze()
     end_lease(etcd, service)
     yield
     service.signal(signal.SIGCONT)
@@ -202,7 +202,7 @@ def test_delete_at_another_host_after_a_restart_of_etcd(
     settings = on_etcd(own_etcd, "/test")
     one, other = start_service(**settings), start_service(**settings)
     images = [one.upload(b"image")["id"] for _ in range(2)]
-    one.signal(signal.SIGSTOP)
+    one.freeze()
     own_etcd.kill(0)  # and with it the connection by which the host would still hear
     own_etcd.start(0)
     own_etcd.wait_healthy()
