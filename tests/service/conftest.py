@@ -128,7 +128,9 @@ def guarded_service(_impatient_service: tuple[Service, Census, int, int]) -> Ite
     assert len(after.files) <= len(before.files)
     assert after.threads <= threads
     assert service.memory() < memory + 64 * MIB
-    assert {image["status"] for image in service.images()} <= {"complete", "error"}
+    wait_for(
+        lambda: {image["status"] for image in service.images()} <= {"complete", "error"}, 6, "no image is in transfer"
+    )
     assert service.upload(b"still here")["status"] == "complete"
     service.check_log()
 

@@ -170,7 +170,13 @@ def test_two_members_of_three_are_lost(
 
 
 def assert_settled(hosts: Sequence[Service]) -> None:
-    """Of what was refused nothing is left: every record is of a complete image, which one of the hosts has."""
+    """Of what was refused nothing is left: every record is of a complete image, which one of the hosts has. That of an
+    upload which was refused with all its bytes on the disk says so a little later than `.incoming` is empty."""
+
+    def in_transfer() -> list[str]:
+        return [image["id"] for image in hosts[0].images() if image["status"] in ("pending", "downloading")]
+
+    wait_for(lambda: not in_transfer(), GOES_ON, "no image is in transfer")
     images = hosts[0].images()
     assert [image for image in images if image["status"] != "complete"] == []
     assert set().union(*(service.stored() for service in hosts)) == {image["id"] for image in images}
