@@ -114,7 +114,7 @@ class _Sink:
             self._look()
             wait = latest - time.monotonic()
 
-    def piece(self, data: bytes | bytearray) -> None:
+    def piece(self, data: bytes) -> None:
         self._blocks.add(data)
         while self._blocks.due():
             self._write()

@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 
 from imgsvc.blocks import BLOCK
 from imgsvc.images.store import ImageWriter
@@ -30,22 +30,22 @@ class Intake:
         self._writer = writer
         self._hashers = hashers
         self._digest = hashlib.sha256()
-        self._hashing: Future[None] | None = None
         self._noted: float | None = None
         self.size = 0
 
     @property
     def sha256(self) -> str:
         """Of the bytes so far, in hex."""
-        self._finish_hashing()
         return self._digest.hexdigest()
 
-    def take(self, block: bytes | bytearray) -> None:
-        """Writes the block while it is being hashed; it must not change afterwards."""
-        self._finish_hashing()
+    def take(self, block: bytes | bytearray | memoryview) -> None:
+        """Writes the block while it is being hashed."""
         self._drop_what_is_not_known()
-        self._hashing = self._hashers.submit(self._digest.update, block)
-        self._writer.write(block)
+        hashing = self._hashers.submit(self._digest.update, block)
+        try:
+            self._writer.write(block)
+        finally:
+            hashing.result()
         self.size += len(block)
         if self._noted is not None and time.monotonic() - self._noted >= _CHECKPOINT_INTERVAL:
             self._checkpoint()
@@ -58,7 +58,6 @@ class Intake:
 
     def restart(self) -> None:
         """Forgets the bytes so far. Those that come now cannot be gone on with, unless `begin` says what they are."""
-        self._finish_hashing()
         self._digest = hashlib.sha256()
         self._noted = None
         self.size = 0
@@ -78,7 +77,6 @@ class Intake:
         return origin
 
     def commit(self) -> None:
-        self._finish_hashing()
         self._drop_what_is_not_known()
         self._writer.commit()
 
@@ -99,11 +97,6 @@ class Intake:
         """Bytes that were neither taken nor recovered are not of this image."""
         if self._writer.size != self.size:
             self._writer.truncate(self.size)
-
-    def _finish_hashing(self) -> None:
-        hashing, self._hashing = self._hashing, None
-        if hashing is not None:
-            hashing.result()
 
     def _checkpoint(self) -> None:
         self._writer.note(json.dumps({"size": self.size, "sha256": self.sha256}))

@@ -13,6 +13,7 @@ from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 
 from imgsvc import __version__
+from imgsvc.allocator import keep_memory
 from imgsvc.api.app import make_app
 from imgsvc.api.in_flight import InFlight
 from imgsvc.context import Context
@@ -30,6 +31,7 @@ log = structlog.get_logger()
 
 def serve(settings: Settings) -> int:
     """Serves until SIGTERM or SIGINT, and returns the exit status, 0. Raises ConfigError when it cannot start."""
+    keep_memory()
     return asyncio.run(_serve(settings))
 
 

@@ -44,7 +44,7 @@ class Sink(Protocol):
     def pace(self, size: int) -> None:
         """So many bytes have arrived; returns when more may."""
 
-    def piece(self, data: bytes | bytearray) -> None:
+    def piece(self, data: bytes) -> None:
         """The next bytes in order."""
 
     def tick(self) -> None:
@@ -92,7 +92,7 @@ class _Stretch:
     first: int
     end: int | None = None
     got: int = 0
-    waiting: bytearray = field(default_factory=bytearray)
+    waiting: list[bytes] = field(default_factory=list)
     done: bool = False
 
     @property
@@ -162,7 +162,7 @@ class _Reading:
         if stretch is self._stretches[0]:
             self._unhurried(self._sink.piece, data)
         else:
-            stretch.waiting += data
+            stretch.waiting.append(data)
 
     # One connection.
 
@@ -228,8 +228,9 @@ class _Reading:
                 return
             self._stretches.popleft()
             if self._stretches:
-                waiting, self._stretches[0].waiting = self._stretches[0].waiting, bytearray()
-                self._unhurried(self._sink.piece, waiting)
+                waiting, self._stretches[0].waiting = self._stretches[0].waiting, []
+                for data in waiting:
+                    self._unhurried(self._sink.piece, data)
 
     # Several connections.
 

@@ -113,7 +113,7 @@ class Transfer:
                 log.info("start not recorded yet", image=self.image.id, reason=str(error))
                 self.image = started
 
-    def feed(self, block: bytes | bytearray) -> None:
+    def feed(self, block: bytes | bytearray | memoryview) -> None:
         """Takes the next bytes. Raises TooLarge, NoSpace, Incomplete (more than announced), Unavailable, or what
         the transfer was cancelled with; the owner then calls `abort`."""
         with self._bytes:

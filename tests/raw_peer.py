@@ -38,7 +38,7 @@ class Collected:
     def pace(self, size: int) -> None:
         pass
 
-    def piece(self, data: bytes | bytearray) -> None:
+    def piece(self, data: bytes) -> None:
         time.sleep(self.pause)
         self.body += data
         self._called("piece")

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from enum import Enum, auto
 
 from imgsvc.errors import Conflict, NoSpace, NotFound, Unavailable, Unreadable
+from imgsvc.images.direct import DirectWrites
 from imgsvc.images.directory import Directory, write_all
 
 # Behind the name of the file that they are about.
@@ -43,6 +44,7 @@ class FileWriter:
         self._ended = ended
         self._state = _State.OPEN
         self._lock = threading.Lock()
+        self._direct = DirectWrites(descriptor)
         try:
             self._size = os.lseek(descriptor, 0, os.SEEK_END)
         except BaseException:
@@ -55,20 +57,20 @@ class FileWriter:
 
     def write(self, block: bytes | bytearray | memoryview) -> None:
         with self._lock, translated(f"write image {self._id}"):
-            descriptor = self._begin()
-            write_all(descriptor, block)
+            self._begin()
+            self._direct.write(block, self._size)
             self._size += len(block)
             self._state = _State.OPEN
 
     def read(self, offset: int, length: int) -> bytes:
         with self._lock, translated(f"read image {self._id}"):
-            return read_all(self._open(), offset, max(min(length, self._size - offset), 0), self._id)
+            descriptor = self._open()
+            self._direct.stop()
+            return read_all(descriptor, offset, max(min(length, self._size - offset), 0), self._id)
 
     def truncate(self, size: int) -> None:
         with self._lock, translated(f"write image {self._id}"):
-            descriptor = self._begin()
-            os.ftruncate(descriptor, size)
-            os.lseek(descriptor, size, os.SEEK_SET)
+            os.ftruncate(self._begin(), size)
             self._size = size
             self._state = _State.OPEN
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -319,3 +320,19 @@ def test_nothing_after_the_end(store: ImageStore, image_id: str, ending: str, st
     ENDINGS[ending](writer)
     with pytest.raises(Unavailable):
         steps[step](writer)
+
+
+def test_reading_between_blocks(store: ImageStore, image_id: str) -> None:
+    """What was written can be read, byte by byte, also behind a whole block; and writing goes on."""
+    block = memoryview(mmap.mmap(-1, BLOCK))
+    block[:3] = b"one"
+    writer = store.writer(image_id)
+    writer.write(block)
+    assert writer.read(1, 4) == b"ne\0\0"
+    writer.write(block)
+    writer.write(b"end")
+    assert writer.read(2 * BLOCK, 9) == b"end"
+    writer.truncate(BLOCK + 1)
+    writer.write(block[:BLOCK])
+    writer.commit()
+    assert content(store, image_id) == bytes(block) + b"o" + bytes(block)
