@@ -103,6 +103,7 @@ class Request:
         receiver raises."""
         if not self._arrived:
             return
+        self.heard = time.monotonic()
         data = b"".join(self._arrived)
         self._arrived.clear()
         self.body += len(data)
@@ -128,7 +129,8 @@ class Request:
             fields = [*fields, "Connection: close"]
         set_option(pycurl.HTTPHEADER, [field.encode("latin-1") for field in fields])
         set_option(pycurl.HEADERFUNCTION, self._guard(self._header))
-        set_option(pycurl.WRITEFUNCTION, self._write)
+        # Curl hands over 16 KiB at most, and so calls this 65,536 times a GiB: it is no function of Python's.
+        set_option(pycurl.WRITEFUNCTION, self._arrived.append)
 
     def _guard(self, callback: Callable[[bytes], None]) -> Callable[[bytes], int | None]:
         """Remembers the first error, which curl would turn into a bare number, and pycurl print."""
@@ -172,14 +174,6 @@ class Request:
         elif self.answer.status >= _OK:
             self.has_answer = True
             self._receiver.answered(self)
-
-    def _write(self, data: bytes) -> int | None:
-        """Curl hands over 16 KiB at most, and so calls this 65,536 times a GiB."""
-        if self._error is not None:
-            return _ABORT
-        self._arrived.append(data)
-        self.heard = time.monotonic()
-        return None
 
 
 class Requests:
