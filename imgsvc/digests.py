@@ -44,7 +44,7 @@ class Digests:
         """Has a complete image that is stored here read. Returns at once.
 
         A `doubted` one is not on record as held here: it is to be served only when its digest has been found right,
-        and is removed when it is wrong.
+        and is set aside when it is wrong.
         """
         with self._lock:
             if doubted:
@@ -128,8 +128,8 @@ class Digests:
         if image.sha256 == sha256:
             self._records.hold(image.id)
         else:
-            log.error("image removed here: its digest is wrong", image=image.id, sha256=sha256, wanted=image.sha256)
+            log.error("image set aside here: its digest is wrong", image=image.id, sha256=sha256, wanted=image.sha256)
+            self._images.quarantine(image.id)
             self._records.release(image.id)
-            self._images.delete(image.id)
         with self._lock:
             self._doubted.discard(image.id)

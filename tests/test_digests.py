@@ -103,6 +103,6 @@ def test_bytes_whose_record_has_a_digest(rooms: Rooms, records: SharedRecords, *
     else:
         with pytest.raises(ImgsvcError):
             rooms.service.open(image.id)
-        assert list(rooms.disk.ids()) == []
+        assert (list(rooms.disk.ids()), list(rooms.disk.quarantined())) == ([], [image.id])
         assert records.holding == {image.id: {OTHER.id}}
     assert rooms.base.get(image.id) == image
