@@ -49,8 +49,8 @@ class ImageService:
         self._digests = digests
         self._fetching_again = threading.Lock()
 
-    def list(self, image_type: ImageType | None) -> Iterator[Sequence[Image]]:
-        """All images, or those of a type, in pages."""
+    def list(self, image_type: ImageType | None) -> Iterator[Sequence[str]]:
+        """The documents of all images, or of those of a type, in pages."""
         return self._records.list(image_type)
 
     def get(self, image_id: str) -> Image:

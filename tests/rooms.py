@@ -103,7 +103,7 @@ class Rooms:
         return waiting
 
     def listed(self) -> dict[str, Image]:
-        return {image.id: image for page in self.base.list() for image in page}
+        return {entry.image.id: entry.image for page in self.base.survey() for entry in page}
 
     def claims(self) -> set[str]:
         return set(self.disk.unfinished())

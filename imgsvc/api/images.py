@@ -121,11 +121,11 @@ class ImageHandler(ImageAnswer):
         self.write_image(await self.context.records_pool.run(self.context.service.delete, image_id))
 
 
-def _next_page(pages: Iterator[Sequence[Image]]) -> str | None:
+def _next_page(pages: Iterator[Sequence[str]]) -> bytes | None:
     """The next page that has images, as the inside of a JSON array; None at the end."""
     for page in pages:
         if page:
-            return ",".join(image.to_json() for image in page)
+            return ",".join(page).encode(errors="replace")
     return None
 
 

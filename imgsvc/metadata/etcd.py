@@ -84,13 +84,13 @@ class EtcdMetadataStore:
         cluster = self._etcd.range(key).cluster
         return f"etcd:{cluster:x}:{named.found[-1][0].text}{self._layout.prefix}"
 
-    def list(self, image_type: ImageType | None = None) -> Iterator[Sequence[Image]]:
+    def list(self, image_type: ImageType | None = None) -> Iterator[Sequence[str]]:
         images = (
             image
             for item in self._scan(self._layout.images)
             if self._layout.split(item.key)[1] == RECORD and (image := self._parsed(item)) is not None
         )
-        yield from _pages(image for image in images if image_type in (None, image.type))
+        yield from _pages(image.to_json() for image in images if image_type in (None, image.type))
 
     def survey(self) -> Iterator[Sequence[Entry]]:
         """Records of the Go program are taken over here: they get their source claim, and nothing stays in transfer."""

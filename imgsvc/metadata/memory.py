@@ -30,10 +30,10 @@ class MemoryMetadataStore(Unshared):
     def identity(self) -> str:
         return self._identity
 
-    def list(self, image_type: ImageType | None = None) -> Iterator[Sequence[Image]]:
+    def list(self, image_type: ImageType | None = None) -> Iterator[Sequence[str]]:
         for page in self._pages():
-            if images := [entry.image for entry in page if image_type in (None, entry.image.type)]:
-                yield images
+            if documents := [entry.image.to_json() for entry in page if image_type in (None, entry.image.type)]:
+                yield documents
 
     def survey(self) -> Iterator[Sequence[Entry]]:
         yield from self._pages()

@@ -18,6 +18,7 @@ import structlog
 
 from imgsvc.errors import ConfigError, Conflict, Invalid, NoSpace, NotFound, SourceTaken, Unavailable
 from imgsvc.metadata.ballast import BALLAST_SIZE, Ballast
+from imgsvc.metadata.documents import Documents
 from imgsvc.metadata.image import Image, ImageType, Status
 from imgsvc.metadata.store import Entry, Member
 from imgsvc.metadata.unshared import Unshared
@@ -69,6 +70,7 @@ class SqliteMetadataStore(Unshared):
         self._filename = filename.absolute()
         self._member = member
         self._lock = threading.Lock()
+        self._documents = Documents()
         try:
             self._ballast = Ballast(Path(f"{self._filename}.ballast"))
             self._open(take_over)
@@ -80,13 +82,13 @@ class SqliteMetadataStore(Unshared):
     def identity(self) -> str:
         return self._identity
 
-    def list(self, image_type: ImageType | None = None) -> Iterator[Sequence[Image]]:
+    def list(self, image_type: ImageType | None = None) -> Iterator[Sequence[str]]:
         for rows in self._pages(image_type):
-            yield tuple(_readable(rows))
+            yield tuple(_readable(rows, lambda row: self._documents.checked(row[1])))
 
     def survey(self) -> Iterator[Sequence[Entry]]:
         for rows in self._pages(None):
-            yield [self._entry(image) for image in _readable(rows)]
+            yield [self._entry(image) for image in _readable(rows, _image)]
 
     def get(self, image_id: str) -> Image:
         with self._translated(), self._reader() as reader:
@@ -296,7 +298,10 @@ def _prepare(
 
 def _search(connection: sqlite3.Connection, query: str, wanted: str) -> Image | None:
     row = connection.execute(query, (wanted,)).fetchone()
-    return None if row is None else _image(row)
+    try:
+        return None if row is None else _image(row)
+    except ValueError as error:
+        raise Unavailable(_unreadable(row, error)) from error
 
 
 def _find(connection: sqlite3.Connection, query: str, wanted: str) -> Image:
@@ -306,18 +311,19 @@ def _find(connection: sqlite3.Connection, query: str, wanted: str) -> Image:
     return image
 
 
-def _readable(rows: Sequence[Any]) -> Iterator[Image]:
+def _readable(rows: Sequence[Any], read: Callable[[Any], _T]) -> Iterator[_T]:
     """Without the records that somebody has spoilt: one must not hide the others."""
     for row in rows:
         try:
-            yield _image(row)
-        except Unavailable as error:
-            _log.warning("record left out", reason=str(error))
+            yield read(row)
+        except ValueError as error:
+            _log.warning("record left out", reason=_unreadable(row, error))
 
 
 def _image(row: Any) -> Image:
-    image_id, document, revision = row
-    try:
-        return Image.from_json(document, revision)
-    except ValueError as error:
-        raise Unavailable(f"the record of image {image_id} cannot be read: {error}") from error
+    _, document, revision = row
+    return Image.from_json(document, revision)
+
+
+def _unreadable(row: Any, error: ValueError) -> str:
+    return f"the record of image {row[0]} cannot be read: {error}"

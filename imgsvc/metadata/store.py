@@ -44,11 +44,12 @@ class MetadataStore(Protocol):
         """Names this set of records, so that a directory can tell whose images it holds: another set, were it at the
         same place, has another name. Raises Unavailable."""
 
-    def list(self, image_type: ImageType | None = None) -> Iterator[Sequence[Image]]:
-        """Pages of at most 1,000 images, ordered by id; what exists throughout is in it exactly once."""
+    def list(self, image_type: ImageType | None = None) -> Iterator[Sequence[str]]:
+        """Pages of at most 1,000 documents, as `Image.to_json` writes them, ordered by id; what exists throughout is in
+        it exactly once."""
 
     def survey(self) -> Iterator[Sequence[Entry]]:
-        """As `list`, with who is transferring and who holds: for the start sweep."""
+        """As `list`, but images, with who is transferring and who holds."""
 
     def get(self, image_id: str) -> Image: ...
 

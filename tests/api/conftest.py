@@ -35,7 +35,7 @@ class Service:
     in_flight: InFlight
 
     def listed(self) -> list[Image]:
-        return [image for page in self.base.list() for image in page]
+        return [entry.image for page in self.base.survey() for entry in page]
 
     def complete(self, body: bytes = b"bytes") -> Image:
         image = self.base.create(Image(id=new_id(), type=ImageType.KVM).started(len(body)))

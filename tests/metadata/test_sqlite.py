@@ -130,8 +130,25 @@ class TestTrouble:
             with pytest.raises(Unavailable, match=spoilt.id):
                 call()
         assert store.get(sound.id) == sound
-        assert [list(page) for page in store.list()] == [[sound]]
+        assert [list(page) for page in store.list()] == [[sound.to_json()]]
         assert [[entry.image for entry in page] for page in store.survey()] == [[sound]]
+
+    def test_a_record_spoilt_after_it_was_listed(self, store: SqliteMetadataStore, filename: Path) -> None:
+        """What was found sound once is looked at again when it has changed, whoever changed it."""
+        spoilt, sound = sorted((store.create(image()), store.create(image())), key=lambda each: each.id)
+        for _ in range(2):
+            assert [list(page) for page in store.list()] == [[spoilt.to_json(), sound.to_json()]]
+        execute(filename, "UPDATE imgsvc_images SET document = replace(document, 'pending', 7) WHERE id = ?", spoilt.id)
+        for _ in range(2):
+            assert [list(page) for page in store.list()] == [[sound.to_json()]]
+
+    def test_a_document_of_another_shape(self, store: SqliteMetadataStore, filename: Path) -> None:
+        """What another program wrote with blanks, another order, or no more than an image needs is listed as ours are."""
+        image_id = store.create(image()).id
+        other = f'{{ "status": "pending", "type": "kvm", "colour": 7, "comment": "\\u00e9\\ud800", "id": "{image_id}"}}'
+        execute(filename, "UPDATE imgsvc_images SET document = ? WHERE id = ?", other, image_id)
+        for _ in range(2):
+            assert [list(page) for page in store.list()] == [[store.get(image_id).to_json()]]
 
     def test_file_locked_by_another_program(self, store: SqliteMetadataStore, filename: Path) -> None:
         """While somebody else holds the write lock, writes and ping are Unavailable after a wait, and reads work."""

@@ -181,8 +181,8 @@ class MetadataMachine(RuleBasedStateMachine):
     def look_at_everything(self) -> None:
         images = [self.images[image_id] for image_id in sorted(self.images)]
         for wanted in (None, *ImageType):
-            listed = [image for page in self.store.list(wanted) for image in page]
-            assert listed == [image for image in images if wanted in (None, image.type)]
+            listed = [document for page in self.store.list(wanted) for document in page]
+            assert listed == [image.to_json() for image in images if wanted in (None, image.type)]
         surveyed = [entry for page in self.store.survey() for entry in page]
         assert [entry.image for entry in surveyed] == images
         assert {entry.image.id for entry in surveyed if entry.owner == MEMBER.id} == self.owned
@@ -294,7 +294,7 @@ def test_many_clients_at_once(store: MetadataStore, seed: int) -> None:
     for image in deleted:
         assert ends.pop(image.id) == image
 
-    assert {image.id: image for page in store.list() for image in page} == ends
+    assert {entry.image.id: entry.image for page in store.survey() for entry in page} == ends
     claimed = [image.source for image in ends.values() if image.source]
     assert len(claimed) == len(set(claimed))
     for image in ends.values():

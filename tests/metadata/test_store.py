@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
@@ -28,7 +28,11 @@ def image(source: str = "", image_type: ImageType = ImageType.KVM, comment: str 
 
 
 def listed(store: MetadataStore, image_type: ImageType | None = None) -> list[Image]:
-    return [image for page in store.list(image_type) for image in page]
+    """The images of a list, which has their documents, while nobody writes."""
+    documents = [document for page in store.list(image_type) for document in page]
+    images = [store.get(Image.from_json(document).id) for document in documents]
+    assert documents == [image.to_json() for image in images]
+    return images
 
 
 def entry(store: MetadataStore, image_id: str) -> Entry:
@@ -370,7 +374,7 @@ class TestListing:
             created = sorted(pool.map(store.create, [image() for _ in range(2_500)]), key=lambda image: image.id)
         pages = list(store.list())
         assert [len(page) for page in pages] == [1_000, 1_000, 500]
-        assert [image for page in pages for image in page] == created
+        assert [document for page in pages for document in page] == [image.to_json() for image in created]
         assert [entry.image for page in store.survey() for entry in page] == created
 
     def test_type(self, store: MetadataStore) -> None:
@@ -388,7 +392,7 @@ class TestListing:
         doomed, kept = created[:400], {image.id for image in created[400:]}
         seen: list[str] = []
         for page in store.list():
-            seen += [image.id for image in page]
+            seen += [Image.from_json(document).id for document in page]
             for _ in range(100):
                 store.delete(doomed.pop().id)
                 store.create(image())
@@ -399,7 +403,7 @@ class TestListing:
         """A list that nobody reads on holds up no writer."""
         for _ in range(3):
             store.create(image())
-        waiting: list[Iterator[Sequence[Image]]] = [iter(store.list()) for _ in range(20)]
+        waiting = [iter(store.list()) for _ in range(20)]
         for pages in waiting:
             next(pages)
         created = store.create(image(SOURCE))
