@@ -29,7 +29,7 @@ log = structlog.get_logger()
 
 
 class ImageService:
-    """Every method may be called from any thread, and may block. Each raises Unavailable when a store cannot answer."""
+    """Every method may be called from any thread, and all but `peek` may block. Each raises Unavailable when a store cannot answer."""
 
     def __init__(
         self,
@@ -57,6 +57,10 @@ class ImageService:
         """Raises NotFound, also for what is no id."""
         _require_id(image_id)
         return self._records.get(image_id)
+
+    def peek(self, image_id: str) -> str | None:
+        """The document of `get`, or None when only `get` can tell. The one method that never blocks."""
+        return self._records.peek(image_id)
 
     def upload(self, image_type: ImageType, comment: str, expected_size: int, expected_sha256: str = "") -> Transfer:
         """Begins an upload: the caller feeds the transfer, and finishes or aborts it. Raises TooLarge, NoSpace."""

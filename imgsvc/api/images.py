@@ -23,7 +23,10 @@ class ImageAnswer(BaseHandler):
 
     def write_image(self, image: Image, status: HTTPStatus = HTTPStatus.OK) -> None:
         self.set_status(status)
-        self.write(image.to_json() + "\n")
+        self.write_document(image.to_json())
+
+    def write_document(self, document: str) -> None:
+        self.write(document + "\n")
 
 
 class ImagesHandler(ImageAnswer):
@@ -113,7 +116,11 @@ class ImageHandler(ImageAnswer):
     allowed = ("GET", "HEAD", "DELETE")
 
     async def get(self, image_id: str) -> None:
-        self.write_image(await self.context.records_pool.run(self.context.service.get, image_id))
+        images = self.context.service
+        document = images.peek(image_id)  # which is quicker than the way into a thread and back
+        if document is None:
+            document = (await self.context.records_pool.run(images.get, image_id)).to_json()
+        self.write_document(document)
 
     head = get
 

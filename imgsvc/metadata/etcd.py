@@ -104,6 +104,9 @@ class EtcdMetadataStore:
     def get(self, image_id: str) -> Image:
         return self._find(image_id)[0]
 
+    def peek(self, image_id: str) -> str | None:  # noqa: ARG002 - whatever it is, it has to be asked for
+        return None
+
     def get_by_source(self, source: str) -> Image:
         claim = self._etcd.range(self._layout.source(source)).items
         if not claim:

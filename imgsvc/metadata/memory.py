@@ -42,6 +42,10 @@ class MemoryMetadataStore(Unshared):
         with self._lock:
             return self._find(image_id)
 
+    def peek(self, image_id: str) -> str | None:
+        image = self._images.get(image_id)
+        return None if image is None else image.to_json()
+
     def get_by_source(self, source: str) -> Image:
         with self._lock:
             image_id = self._ids_by_source.get(source)

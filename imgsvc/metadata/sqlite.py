@@ -8,6 +8,7 @@ import os
 import queue
 import sqlite3
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -20,6 +21,7 @@ from imgsvc.errors import ConfigError, Conflict, Invalid, NoSpace, NotFound, Sou
 from imgsvc.metadata.ballast import BALLAST_SIZE, Ballast
 from imgsvc.metadata.documents import Documents
 from imgsvc.metadata.image import Image, ImageType, Status
+from imgsvc.metadata.recent import Recent
 from imgsvc.metadata.store import Entry, Member
 from imgsvc.metadata.unshared import Unshared
 
@@ -30,6 +32,9 @@ _SCHEMA = "1"
 _PAGE = 1_000
 _READERS = 4
 _BUSY_SECONDS = 5.0
+# How often other processes are looked for, and how long that holds.
+_WATCH_SECONDS = 0.3
+_TRUST_SECONDS = 0.9
 
 # SQLite's default of 1,000 pages lets the log grow to 4 MiB. It must fit into the ballast, so that on a full disk it
 # can come round to its beginning again and again, and any number of records can be finished and deleted.
@@ -71,12 +76,16 @@ class SqliteMetadataStore(Unshared):
         self._member = member
         self._lock = threading.Lock()
         self._documents = Documents()
+        self._recent = Recent()
+        self._closing = threading.Event()
         try:
             self._ballast = Ballast(Path(f"{self._filename}.ballast"))
             self._open(take_over)
             self._ballast.restore()
         except (sqlite3.Error, OSError) as error:
             raise ConfigError(f"{filename} cannot hold the metadata: {error}") from error
+        self._watch = threading.Thread(target=self._watch_others, name="records-watch")
+        self._watch.start()
 
     @property
     def identity(self) -> str:
@@ -84,15 +93,24 @@ class SqliteMetadataStore(Unshared):
 
     def list(self, image_type: ImageType | None = None) -> Iterator[Sequence[str]]:
         for rows in self._pages(image_type):
-            yield tuple(_readable(rows, lambda row: self._documents.checked(row[1])))
+            documents = [row[1] for row in rows]
+            if not self._documents.know(documents):
+                documents = [*_readable(rows, lambda row: self._documents.checked(row[1]))]
+            yield documents
 
     def survey(self) -> Iterator[Sequence[Entry]]:
         for rows in self._pages(None):
             yield [self._entry(image) for image in _readable(rows, _image)]
 
     def get(self, image_id: str) -> Image:
+        state = self._recent.state
         with self._translated(), self._reader() as reader:
-            return _find(reader, _BY_ID, image_id)
+            image = _find(reader, _BY_ID, image_id)
+        self._recent.keep(image, state)
+        return image
+
+    def peek(self, image_id: str) -> str | None:
+        return self._recent.get(image_id)
 
     def get_by_source(self, source: str) -> Image:
         with self._translated(), self._reader() as reader:
@@ -113,7 +131,7 @@ class SqliteMetadataStore(Unshared):
             insert_record(writer, created, claimed_source=image.source or None)
             return created
 
-        return self._write(insert)
+        return self._write(insert, image.id)
 
     def update(self, image: Image) -> Image:
         updated = dataclasses.replace(image, revision=image.revision + 1)
@@ -125,7 +143,7 @@ class SqliteMetadataStore(Unshared):
                 return updated
             raise Conflict(f"image {image.id} has changed since it was read")
 
-        return self._write(replace, may_need_ballast=image.status is not Status.DOWNLOADING)
+        return self._write(replace, image.id, may_need_ballast=image.status is not Status.DOWNLOADING)
 
     def delete(self, image_id: str) -> Image:
         def remove(writer: sqlite3.Connection) -> Image:
@@ -133,7 +151,7 @@ class SqliteMetadataStore(Unshared):
             writer.execute("DELETE FROM imgsvc_images WHERE id = ?", (image_id,))
             return image
 
-        return self._write(remove, may_need_ballast=True)
+        return self._write(remove, image_id, may_need_ballast=True)
 
     def ping(self) -> None:
         def note(writer: sqlite3.Connection) -> None:
@@ -147,6 +165,9 @@ class SqliteMetadataStore(Unshared):
 
     def close(self) -> None:
         """Waits for the calls under way; a later one raises Unavailable."""
+        self._closing.set()
+        self._watch.join()
+        self._recent.forget()
         with self._lock:
             readers = [self._readers.get() for _ in range(_READERS)]
             for connection in (*readers, self._writer):
@@ -196,10 +217,12 @@ class SqliteMetadataStore(Unshared):
         finally:
             self._readers.put(connection)
 
-    def _write(self, change: Callable[[sqlite3.Connection], _T], *, may_need_ballast: bool = False) -> _T:
+    def _write(
+        self, change: Callable[[sqlite3.Connection], _T], image_id: str = "", *, may_need_ballast: bool = False
+    ) -> _T:
         """Commits `change`. One that deletes or settles a record gets the ballast's room when it needs it; a new
         record or a transfer's progress does not: it would use up the room and free nothing."""
-        with self._lock, self._translated():
+        with self._lock, self._recent.writing(image_id), self._translated():
             try:
                 result = self._commit(change)
             except sqlite3.Error as error:
@@ -219,6 +242,19 @@ class SqliteMetadataStore(Unshared):
                 self._writer.execute("ROLLBACK")
             raise
         return result
+
+    def _watch_others(self) -> None:
+        """What other processes write, such as `imgsvc scrub`, is seen by who reads the file, but not by `peek`."""
+        version = None
+        while not self._closing.wait(_WATCH_SECONDS):
+            # The writer's: that number changes by no commit of its own, and all of ours are.
+            with self._lock, contextlib.suppress(sqlite3.Error):
+                now = time.monotonic()
+                (found,) = self._writer.execute("PRAGMA data_version").fetchone()
+                if found != version:
+                    self._recent.forget()
+                    version = found
+                self._recent.trust(now + _TRUST_SECONDS)
 
     def _pages(self, image_type: ImageType | None) -> Iterator[Sequence[Any]]:
         """Rows ordered by id. Each page is a read of its own: one that lasted as long as a slow client takes would

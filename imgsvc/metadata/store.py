@@ -31,7 +31,7 @@ class Entry:
 
 
 class MetadataStore(Protocol):
-    """Records, shared by whoever shares the store. Every method may be called from any thread and may block.
+    """Records, shared by whoever shares the store. Every method may be called from any thread, and all but `peek` may block.
 
     Any method raises Unavailable when the store cannot answer; after a write the outcome is then unknown, and
     repeating the same `create` or `update` is safe: it succeeds if it had succeeded. A write also raises NoSpace.
@@ -52,6 +52,10 @@ class MetadataStore(Protocol):
         """As `list`, but images, with who is transferring and who holds."""
 
     def get(self, image_id: str) -> Image: ...
+
+    def peek(self, image_id: str) -> str | None:
+        """The record's document, or None when that cannot be said, or whether there is one, without waiting: this
+        method never blocks. What this member has written it shows at once, what others have within a second."""
 
     def get_by_source(self, source: str) -> Image: ...
 
