@@ -246,15 +246,16 @@ class SqliteMetadataStore(Unshared):
     def _watch_others(self) -> None:
         """What other processes write, such as `imgsvc scrub`, is seen by who reads the file, but not by `peek`."""
         version = None
-        while not self._closing.wait(_WATCH_SECONDS):
+        while not self._closing.is_set():
             # The writer's: that number changes by no commit of its own, and all of ours are.
             with self._lock, contextlib.suppress(sqlite3.Error):
                 now = time.monotonic()
-                (found,) = self._writer.execute("PRAGMA data_version").fetchone()
+                found = self._writer.execute("PRAGMA data_version").fetchone()
                 if found != version:
                     self._recent.forget()
                     version = found
                 self._recent.trust(now + _TRUST_SECONDS)
+            self._closing.wait(_WATCH_SECONDS)
 
     def _pages(self, image_type: ImageType | None) -> Iterator[Sequence[Any]]:
         """Rows ordered by id. Each page is a read of its own: one that lasted as long as a slow client takes would

@@ -165,7 +165,9 @@ class MetadataMachine(RuleBasedStateMachine):
     def get(self, state: Image) -> None:
         if state.id in self.images:
             assert self.store.get(state.id) == self.images[state.id]
+            assert self.store.peek(state.id) in (None, self.images[state.id].to_json())
         else:
+            assert self.store.peek(state.id) is None
             with pytest.raises(NotFound):
                 self.store.get(state.id)
 
