@@ -9,6 +9,7 @@ import os
 import select
 import sys
 import threading
+import time
 from collections.abc import MutableMapping
 from types import TracebackType
 from typing import Any, TextIO, cast
@@ -27,12 +28,7 @@ def setup(level: str, log_format: str) -> None:
     terminal = sys.stderr.isatty()
     console = log_format == "console" or (log_format == "auto" and terminal)
     structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            *(_console(colours=terminal) if console else _JSON),
-        ],
+        processors=_console(colours=terminal) if console else [_Json()],
         wrapper_class=structlog.make_filtering_bound_logger(threshold),
         logger_factory=structlog.WriteLoggerFactory(cast("TextIO", _Stderr(sys.stderr.fileno()))),
         cache_logger_on_first_use=True,
@@ -89,17 +85,37 @@ class _ToStructlog(logging.Handler):
             self.handleError(record)
 
 
-def _render_json(_: Any, __: str, event: MutableMapping[str, Any]) -> str:
-    head = {key: event.pop(key) for key in ("timestamp", "level", "event")}
-    return _encode(head | dict(event))
+class _Json:
+    """All that becomes of an event: structlog's processors, one for each step, take twice the time, and there is a
+    line for each request."""
 
+    def __init__(self) -> None:
+        # A second, and how each moment in it begins.
+        self._second = (0, "")
 
-_JSON = [structlog.processors.StackInfoRenderer(), structlog.processors.format_exc_info, _render_json]
+    def __call__(self, logger: Any, level: str, event: MutableMapping[str, Any]) -> str:
+        if "exc_info" in event:
+            event = structlog.processors.format_exc_info(logger, level, event)
+        head = {"timestamp": self._now(), "level": level, "event": event.pop("event")}
+        return _encode({**head, **structlog.contextvars.get_contextvars(), **event})
+
+    def _now(self) -> str:
+        seconds, rest = divmod(time.time_ns(), 1_000_000_000)
+        second, text = self._second
+        if seconds != second:
+            text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+            self._second = (seconds, text)
+        return f"{text}.{rest // 1000:06}Z"
 
 
 def _console(*, colours: bool) -> list[Any]:
     plain = structlog.dev.plain_traceback
-    return [structlog.dev.ConsoleRenderer(colors=colours, exception_formatter=plain)]
+    return [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.dev.ConsoleRenderer(colors=colours, exception_formatter=plain),
+    ]
 
 
 def _catch_uncaught() -> None:

@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import functools
 import re
+import secrets
 import sys
 import time
-import uuid
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from types import TracebackType
@@ -76,7 +76,7 @@ class BaseHandler(RequestHandler):
     def request_id(self) -> str:
         """The client's own where it makes a sane one, so that logs of several services can be joined."""
         given = self.request.headers.get("X-Request-Id", "")
-        return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
 
     def set_default_headers(self) -> None:
         self.set_header("Server", f"imgsvc/{__version__}")
@@ -88,7 +88,6 @@ class BaseHandler(RequestHandler):
         return None
 
     async def prepare(self) -> None:
-        structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request=self.request_id)
         self.in_flight.add(self)
         if not self._has_body():
