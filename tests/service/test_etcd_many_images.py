@@ -56,15 +56,16 @@ def list_twice_at_once(service: Service) -> tuple[float, float]:
 
 
 def test_many_images(new_host: StartService, many_images: None) -> None:
-    """A start with them is ready within seconds; they are listed, by type as well, within seconds and little memory,
-    while other requests are answered at once."""
-    began = time.monotonic()
+    """A start with them and a list of them, by type as well, cost seconds of CPU and little memory, and other requests
+    are answered while they are listed."""
     service = new_host()
-    # The bounds leave room for a busy machine; an idle one took 5 s, 5 s, 0.1 s and 20 MiB.
-    assert time.monotonic() - began < 20
+    # Bounds that hold on a busy machine: seconds of CPU, of which the start took 3.5 and the lists 4.5, and a part of the
+    # whole; an idle one took 0.1 s for the slowest other request, and 20 MiB.
+    started = service.cpu_seconds()
+    assert started < 10
     idle = service.memory()
     took, slowest_other = list_twice_at_once(service)
-    assert took < 20
-    assert slowest_other < 1
+    assert service.cpu_seconds() - started < 10
+    assert slowest_other < max(took / 4, 1)
     assert service.memory("VmHWM") < idle + 64 * MIB
     assert len(service.images("?type=kvm")) == IMAGES / 2
