@@ -22,6 +22,7 @@ from imgsvc.settings import (
     ScrubSettings,
     Setting,
     Settings,
+    UploadSettings,
 )
 from imgsvc.values import Reserve
 
@@ -32,6 +33,7 @@ __all__ = [
     "Reserve",
     "ScrubSettings",
     "Settings",
+    "UploadSettings",
     "load",
 ]
 
@@ -40,7 +42,10 @@ _BY_KEY = {setting.key.lower(): setting for setting in SETTINGS}
 _GROUPS = {setting.key.lower().partition(".")[0] for setting in SETTINGS if "." in setting.key}
 _BY_VARIABLE = {setting.variable: setting for setting in SETTINGS}
 
-_Group = TypeVar("_Group", bound=Settings | FetchSettings | ScrubSettings | ImageStoreSettings | MetadataStoreSettings)
+_Group = TypeVar(
+    "_Group",
+    bound=Settings | FetchSettings | UploadSettings | ScrubSettings | ImageStoreSettings | MetadataStoreSettings,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +188,7 @@ def _settings(given: Mapping[str, _Given], default_host: str) -> Settings:
         values,
         host=values["host"] if "host" in given else default_host,
         fetch=_group(FetchSettings, values),
+        uploads=_group(UploadSettings, values),
         scrub=_group(ScrubSettings, values),
         image_store=_group(
             ImageStoreSettings,

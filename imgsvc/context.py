@@ -33,6 +33,7 @@ from imgsvc.service import ImageService
 from imgsvc.settings import MetadataStoreSettings, Settings
 from imgsvc.settlements import Settlements
 from imgsvc.transfers import Transfers
+from imgsvc.uploads import Uploads
 
 # Within which a request gets its answer although a store hangs: soon enough for one that promises it within ten.
 _ANSWER_SECONDS = 8.0
@@ -87,7 +88,10 @@ class Context:
         self.service = ImageService(
             self.images, self.records, self.transfers, self.fetcher, settlements=settlements, digests=self._digests
         )
-        self._maintenance = Maintenance(self.images, self.records, self.fetcher, self._digests)
+        self.uploads = Uploads(
+            self.images, self.records, self.transfers, settlements, expire=self.settings.uploads.expire
+        )
+        self._maintenance = Maintenance(self.images, self.records, self.fetcher, self.uploads, self._digests)
         self._scrubber = Scrubber(self.settings.scrub, self.images, self.records)
 
     def settle(self) -> None:
@@ -100,6 +104,7 @@ class Context:
         self._maintenance.start_sweep()
         self.transfers.start()
         self.fetcher.start()
+        self.uploads.start()
         self._digests.start()
         self._scrubber.start()
         self._settled.set()
@@ -122,6 +127,7 @@ class Context:
         self._scrubber.close()
         self._digests.close()
         self.fetcher.close()
+        self.uploads.close()
         self.transfers.close()
         self._opened.close()
 

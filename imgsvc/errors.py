@@ -37,6 +37,10 @@ class NotComplete(NotFound):
     """There is such an image, and it may not be read: its bytes are not all there."""
 
 
+class Gone(NotFound):
+    """There was such an upload; the text says what became of it."""
+
+
 class Conflict(ImgsvcError):
     """The record has changed since it was read; nothing was written."""
 
@@ -75,6 +79,14 @@ class IdleTimeout(Incomplete):
 
 class WrongDigest(ImgsvcError):
     """The bytes are not those that the sender said they would be."""
+
+
+class WrongChecksum(ImgsvcError):
+    """The bytes of one request are not those that it said they would be; they were dropped, and may be sent again."""
+
+
+class Locked(ImgsvcError):
+    """Another request has the upload."""
 
 
 class FetchFailed(ImgsvcError):

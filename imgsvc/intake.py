@@ -7,6 +7,7 @@ disk: what a loss of power took is found out.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 
 from imgsvc.blocks import BLOCK
+from imgsvc.errors import Unavailable
 from imgsvc.images.store import ImageWriter
 
 # Seconds between two checkpoints: what a kill costs at most, besides the time for hashing again.
@@ -31,6 +33,9 @@ class Intake:
         self._hashers = hashers
         self._digest = hashlib.sha256()
         self._noted: float | None = None
+        # The last checkpoint: its size and its digest.
+        self._kept = (0, self._digest)
+        self._held = False
         self.size = 0
 
     @property
@@ -41,19 +46,23 @@ class Intake:
     def take(self, block: bytes | bytearray | memoryview) -> None:
         """Writes the block while it is being hashed."""
         self._drop_what_is_not_known()
+        before = self._digest.copy()
         hashing = self._hashers.submit(self._digest.update, block)
         try:
             self._writer.write(block)
-        finally:
+        except BaseException:
             hashing.result()
+            self._digest = before
+            raise
+        hashing.result()
         self.size += len(block)
         if self._noted is not None and time.monotonic() - self._noted >= _CHECKPOINT_INTERVAL:
-            self._checkpoint()
+            self.checkpoint()
 
     def begin(self, origin: Origin) -> None:
         """Forgets the bytes so far. Those that come now are of this origin, and can be gone on with."""
         self.restart()
-        self._writer.note(json.dumps({"origin": origin}))
+        self._writer.note(json.dumps({"origin": origin, "at": time.time()}))
         self._noted = time.monotonic()
 
     def restart(self) -> None:
@@ -61,20 +70,63 @@ class Intake:
         self._digest = hashlib.sha256()
         self._noted = None
         self.size = 0
+        self._keep()
         self._drop_what_is_not_known()
 
     def recover(self, look: Callable[[], None]) -> Origin | None:
         """Goes on behind the bytes that an earlier intake left, as far as they are right, and returns their origin;
         None when there are none of use. Calls `look` now and then; what that raises ends it."""
-        origin, checkpoints = _understood(self._writer.notes())
+        origin, checkpoints, _ = _understood(self._writer.notes())
         if origin is not None:
             self._hash_to(checkpoints, look)
         if not self.size:
             self.restart()
             return None
         self._drop_what_is_not_known()
+        self._keep()
         self._noted = time.monotonic()
         return origin
+
+    def checkpoint(self) -> int:
+        """Notes how far this came. Returns how many bytes whoever goes on will find, which is all of them unless they
+        are held back."""
+        if self._noted is not None and not self._held and self.size != self._kept[0]:
+            note = {"size": self.size, "sha256": self.sha256, "at": time.time()}
+            self._writer.note(json.dumps(note))
+            self._noted = time.monotonic()
+            self._keep()
+        return self._kept[0]
+
+    def hold(self) -> None:
+        """The bytes that come now are in doubt: until `release` there is no checkpoint, and `go_back` drops them."""
+        self.checkpoint()
+        self._held = True
+
+    def release(self) -> None:
+        self._held = False
+
+    def go_back(self) -> None:
+        """To the last checkpoint."""
+        self._forget_since_checkpoint()
+        self._drop_what_is_not_known()
+
+    def pause(self) -> None:
+        """Lets go of the file until `go_on`. What cannot be noted is forgotten. Never raises."""
+        with contextlib.suppress(Exception):
+            self.checkpoint()
+        if self.size != self._kept[0]:
+            self._forget_since_checkpoint()
+            with contextlib.suppress(Exception):  # then with the next block
+                self._drop_what_is_not_known()
+        self._held = False
+        self._writer.close()
+
+    def go_on(self, writer: ImageWriter) -> None:
+        """With another writer of the same image, which this one takes over."""
+        self._writer = writer
+        if writer.size < self.size:
+            writer.close()
+            raise Unavailable(f"of {self.size} bytes that were written, {writer.size} are there")
 
     def commit(self) -> None:
         self._drop_what_is_not_known()
@@ -87,8 +139,7 @@ class Intake:
     def close(self) -> None:
         """Leaves the bytes for whoever goes on with them, in this process or the next. Never raises."""
         try:
-            if self._noted is not None:
-                self._checkpoint()
+            self.checkpoint()
         except Exception:  # noqa: BLE001 - an earlier checkpoint will do, or none
             self._noted = None
         self._writer.close()
@@ -98,9 +149,14 @@ class Intake:
         if self._writer.size != self.size:
             self._writer.truncate(self.size)
 
-    def _checkpoint(self) -> None:
-        self._writer.note(json.dumps({"size": self.size, "sha256": self.sha256}))
-        self._noted = time.monotonic()
+    def _keep(self) -> None:
+        self._kept = (self.size, self._digest.copy())
+        self._held = False
+
+    def _forget_since_checkpoint(self) -> None:
+        self.size, digest = self._kept
+        self._digest = digest.copy()
+        self._held = False
 
     def _hash_to(self, checkpoints: Mapping[int, str], look: Callable[[], None]) -> None:
         """To the last of the checkpoints that is right; the digest is then that one."""
@@ -121,9 +177,17 @@ class Intake:
             offset += len(block)
 
 
-def _understood(notes: Iterable[str]) -> tuple[Origin | None, Mapping[int, str]]:
-    """The last origin, and the checkpoints after it."""
+def look_back(notes: Iterable[str]) -> tuple[Origin, float] | None:
+    """What an intake noted: the origin of the bytes, and the Unix time of the last note about them; None when they cannot
+    be gone on with."""
+    origin, _, moment = _understood(notes)
+    return None if origin is None else (origin, moment)
+
+
+def _understood(notes: Iterable[str]) -> tuple[Origin | None, Mapping[int, str], float]:
+    """The last origin, the checkpoints after it, and the Unix time of the last of all these."""
     origin: Origin | None = None
+    moment = 0.0
     checkpoints: dict[int, str] = {}
     for note in notes:
         try:
@@ -135,4 +199,7 @@ def _understood(notes: Iterable[str]) -> tuple[Origin | None, Mapping[int, str]]
                 checkpoints = {}
             case {"size": int(size), "sha256": str(sha256)}:
                 checkpoints[size] = sha256
-    return origin, checkpoints
+        match read:
+            case {"at": float(moment)}:
+                pass
+    return origin, checkpoints, moment

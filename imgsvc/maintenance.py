@@ -12,6 +12,7 @@ from imgsvc.fetcher import Fetcher
 from imgsvc.images.store import ImageStore
 from imgsvc.metadata.image import Image, Status
 from imgsvc.metadata.store import Entry, MetadataStore
+from imgsvc.uploads import Uploads
 
 log = structlog.get_logger()
 
@@ -19,16 +20,19 @@ log = structlog.get_logger()
 class Maintenance:
     """Settles what the last run of this member left, and only that."""
 
-    def __init__(self, images: ImageStore, records: MetadataStore, fetcher: Fetcher, digests: Digests) -> None:
+    def __init__(
+        self, images: ImageStore, records: MetadataStore, fetcher: Fetcher, uploads: Uploads, digests: Digests
+    ) -> None:
         self._images = images
         self._records = records
         self._fetcher = fetcher
+        self._uploads = uploads
         self._digests = digests
 
     def start_sweep(self) -> None:
         """To be run before anything comes in, and again after Unavailable or NoSpace: each of its steps may be repeated.
 
-        Interrupted uploads become `error`, interrupted fetches are pending and submitted again, claims and bytes
+        Interrupted uploads become `error`, unless they can be resumed, interrupted fetches are pending and submitted again, claims and bytes
         without a record go. Raises ConfigError when the records speak of images and the directory has no marker for
         them and none of the images, as when its dataset is not mounted.
         """
@@ -88,6 +92,8 @@ class Maintenance:
 
     def _settle(self, image: Image) -> list[str]:
         """The id of the fetch that is to be submitted again, if it is one."""
+        if not image.source and self._uploads.take_over(image):
+            return []
         # Bytes may stand under the final name: the process died between the rename and the record's last step. They
         # may be all that says whose transfer this was, so there is a claim before they go, where there is room for it.
         with contextlib.suppress(NoSpace):

@@ -99,6 +99,12 @@ class ImageService:
         self.drop(image_id)
         return image
 
+    def terminate(self, image_id: str) -> None:
+        """Deletes an upload, or the image that it has become. Raises NotFound, also for an image that was fetched."""
+        if self.get(image_id).source:
+            raise NotFound(f"there is no upload {image_id!r}")
+        self.delete(image_id)
+
     def drop(self, image_id: str) -> None:
         """Lets go of what this member has of an image whose record is gone. Never raises: what cannot be removed
         now is an orphan, which the next start removes."""

@@ -131,6 +131,16 @@ class ScrubSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UploadSettings:
+    expire: float = _setting(
+        "uploads.expire",
+        seconds(1, 366 * _DAY),
+        _DAY,
+        "Seconds without a byte after which a resumable upload is given up, and its space given back.",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ImageStoreSettings:
     type: str = _setting(
         "imageStoreType",
@@ -262,6 +272,7 @@ class Settings:
         why="Shows stack traces, and so paths on this host, to anyone who causes an error.",
     )
     fetch: FetchSettings
+    uploads: UploadSettings
     scrub: ScrubSettings
     image_store: ImageStoreSettings
     metadata_store: MetadataStoreSettings
@@ -269,7 +280,7 @@ class Settings:
 
 SETTINGS: tuple[Setting, ...] = tuple(
     field.metadata["setting"]
-    for group in (Settings, ImageStoreSettings, MetadataStoreSettings, FetchSettings, ScrubSettings)
+    for group in (Settings, ImageStoreSettings, MetadataStoreSettings, FetchSettings, UploadSettings, ScrubSettings)
     for field in dataclasses.fields(group)
     if "setting" in field.metadata
 )

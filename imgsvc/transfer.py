@@ -14,6 +14,7 @@ from enum import StrEnum
 import structlog
 
 from imgsvc.errors import Conflict, ImgsvcError, Incomplete, NotFound, Stopping, Unavailable, WrongDigest
+from imgsvc.images.store import ImageWriter
 from imgsvc.intake import Intake, Origin
 from imgsvc.metadata.image import UNKNOWN_SIZE, Image
 from imgsvc.metadata.store import MetadataStore
@@ -36,7 +37,8 @@ class Transfer:
     """One image on its way in, driven by one owner: a request or a fetch thread.
 
     The owner calls `feed`, and then `finish` (or its two steps), or at any point `abort` or `suspend`, one call at a
-    time. `cancel` and `report` may be called by anybody at any time. Every method may block.
+    time. `cancel` and `report` may be called by anybody at any time, and so may `abort` while it is `paused`. Every
+    method may block.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Transfer:
         self.image = image
         self.kind = kind
         self.cancelled: ImgsvcError | None = None
+        self.paused = False
         self._intake = intake
         self._records = records
         self._room = room
@@ -70,8 +73,13 @@ class Transfer:
 
     @property
     def missing(self) -> int:
-        """Bytes that were announced and are still to come."""
-        return 0 if self._over else max(self.image.expected_size - self.size, 0)
+        """Bytes that were announced and are still to come; none of one that is paused, for they may never."""
+        return 0 if self._over or self.paused else max(self.image.expected_size - self.size, 0)
+
+    @property
+    def over(self) -> bool:
+        """No more bytes are taken: what there is to know of the image is in its record, now or soon."""
+        return self._over
 
     def create(self) -> None:
         """Stores the record of a new image. After an error the transfer is over and leaves no record."""
@@ -83,13 +91,18 @@ class Transfer:
             self._end("refused", error)
             raise
 
-    def recover(self) -> Origin | None:
+    def recover(self, look: Callable[[], None] = lambda: None) -> Origin | None:
         """Goes on behind the bytes that are there already, after hashing them anew. Returns the `origin` that the
         transfer was restarted with when it brought them, None when there are none. Raises what the transfer was
-        cancelled with, Unavailable or NoSpace."""
+        cancelled with, Unavailable or NoSpace, and what `look` does, which is called now and then."""
+
+        def look_twice() -> None:
+            self._check_running()
+            look()
+
         with self._bytes:
             self._check_running()
-            return self._intake.recover(self._check_running)
+            return self._intake.recover(look_twice)
 
     def restart(self, origin: Origin | None) -> None:
         """Forgets the bytes so far: those that come now are others. With an `origin`, which says what they are, they
@@ -100,6 +113,46 @@ class Transfer:
                 self._intake.restart()
             else:
                 self._intake.begin(origin)
+
+    def checkpoint(self) -> int:
+        """Returns how many bytes will still be there if the process is killed now: all, but those that are held. Raises
+        as `feed` does."""
+        with self._bytes:
+            self._check_running()
+            return self._intake.checkpoint()
+
+    def hold(self) -> None:
+        """The bytes that come now are dropped by `go_back`, by `pause` and by a crash, unless there is a `release`
+        before. Raises as `feed` does."""
+        with self._bytes:
+            self._check_running()
+            self._intake.hold()
+
+    def release(self) -> None:
+        with self._bytes:
+            self._intake.release()
+
+    def go_back(self) -> None:
+        """Drops what came since `hold`. Raises as `feed` does."""
+        with self._bytes:
+            self._check_running()
+            self._intake.go_back()
+
+    def pause(self) -> None:
+        """Lets go of the file until `go_on`, with a checkpoint. What cannot be noted is dropped. Never raises."""
+        with self._bytes:
+            if not self._over:
+                self._intake.pause()
+                self.paused = True
+        if self.cancelled is not None:
+            self.abort(self.cancelled)  # for who cancels one that is not paused leaves it to its owner
+
+    def go_on(self, open_writer: Callable[[], ImageWriter]) -> None:
+        """After `pause`, with a writer that keeps what is there. Raises as `feed` does."""
+        with self._bytes:
+            self._check_running()
+            self._intake.go_on(open_writer())
+            self.paused = False
 
     def start(self, expected_size: int) -> None:
         """The source has answered, and announced `expected_size` bytes in all or UNKNOWN_SIZE: the record says
@@ -139,7 +192,7 @@ class Transfer:
             expected = self.image.expected_size
             if expected != UNKNOWN_SIZE and self.size < expected:
                 raise Incomplete(f"{expected} bytes were announced, and only {self.size} came")
-            self._check_digest()
+            check_digest(self.image, self._intake.sha256)
             self._intake.commit()
             self._over = True
 
@@ -173,14 +226,11 @@ class Transfer:
         self._end("error", reason)
 
     def suspend(self) -> None:
-        """Stops for a shutdown and leaves a fetch claimed and pending, for the next start to go on with."""
+        """Stops for a shutdown and leaves the image claimed, a fetch pending, for the next start to go on with."""
         if not self._end_intake(Intake.close):
             return
-        try:
-            with self._record:
-                self.image = self._settlements.write(self.image.requeued())
-        except ImgsvcError as error:
-            log.info("record left as it was", image=self.image.id, reason=str(error))
+        if self.kind is Kind.FETCH:
+            self._requeue()
         self._end("stopped")
 
     def cancel(self, reason: ImgsvcError) -> None:
@@ -195,6 +245,8 @@ class Transfer:
         with self._record:
             if self._over or self.cancelled is not None or not self._report_due():
                 return
+            if self.paused and self.size == self.image.size:
+                return  # there may be many for long, and deletions of them are told
             self._reported = time.monotonic()
             try:
                 if self.image.download_start is not None and self.size != self.image.size:
@@ -205,6 +257,13 @@ class Transfer:
                 self.cancel(Conflict("the image was deleted during its transfer"))
             except Conflict:
                 self.cancel(Conflict("the image was ended by somebody else during its transfer"))
+
+    def _requeue(self) -> None:
+        try:
+            with self._record:
+                self.image = self._settlements.write(self.image.requeued())
+        except ImgsvcError as error:
+            log.info("record left as it was", image=self.image.id, reason=str(error))
 
     def _report_due(self) -> bool:
         if self.image.revision == 0:
@@ -217,11 +276,6 @@ class Transfer:
             raise self.cancelled
         if self._over:
             raise Stopping("the transfer is over")
-
-    def _check_digest(self) -> None:
-        wanted, found = self.image.expected_sha256, self._intake.sha256
-        if wanted and wanted != found:
-            raise WrongDigest(f"the bytes have the SHA-256 {found}, and were to have {wanted}")
 
     def _end_intake(self, end: Callable[[Intake], None]) -> bool:
         """False when it had ended before."""
@@ -246,3 +300,10 @@ class Transfer:
             outcome=outcome,
             reason="" if reason is None else str(reason),
         )
+
+
+def check_digest(image: Image, found: str) -> None:
+    """Raises WrongDigest unless the image may have this SHA-256."""
+    wanted = image.expected_sha256
+    if wanted not in ("", found):
+        raise WrongDigest(f"the bytes have the SHA-256 {found}, and were to have {wanted}")

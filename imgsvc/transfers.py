@@ -61,9 +61,16 @@ class Transfers:
         self._images.delete(image.id)  # an image in error may have bytes, which the Go program left
         return self._begin(image, Kind.FETCH, keep=True)
 
+    def resume(self, image: Image) -> Transfer:
+        """Takes an upload over from an earlier run: it is paused, and its owner may `recover` what there is. Raises
+        NoSpace or Unavailable."""
+        transfer = self._begin(image, Kind.UPLOAD, keep=True)
+        transfer.pause()
+        return transfer
+
     def admit(self, expected_size: int, transfer: Transfer | None = None) -> None:
         """Raises TooLarge or NoSpace when as many bytes, less those that the transfer has, cannot come in beside what
-        was announced to the others that are running."""
+        was announced to the others that are running and not paused."""
         self._room.check_size(expected_size)
         with self._lock:
             announced = sum(other.missing for other in self._running.values() if other is not transfer)
@@ -77,11 +84,13 @@ class Transfers:
         return running or self._settlements.waiting(image_id)
 
     def cancel(self, image_id: str, reason: ImgsvcError) -> None:
-        """Tells the owner of the image's transfer to give up, if it is running here."""
+        """Tells the owner of the image's transfer to give up, if it is running here; one that is paused is over."""
         with self._lock:
             transfer = self._running.get(image_id)
         if transfer is not None:
             transfer.cancel(reason)
+            if transfer.paused:
+                transfer.abort(reason)
 
     def _begin(self, image: Image, kind: Kind, *, keep: bool) -> Transfer:
         transfer = Transfer(

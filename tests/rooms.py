@@ -28,6 +28,7 @@ from imgsvc.settings import FetchSettings
 from imgsvc.settlements import Settlements
 from imgsvc.transfer import REPORT_INTERVAL, Transfer
 from imgsvc.transfers import Transfers
+from imgsvc.uploads import Uploads
 from tests.flaky import Faults, flaky_images, flaky_records
 from tests.images.helpers import content
 
@@ -47,6 +48,7 @@ class Rooms:
         stall_timeout: float = 1.0,
         max_image_size: int = 0,
         reserve: Callable[[int], int] = lambda _total: 0,
+        expire: float = 60.0,
     ) -> None:
         self.disk, self.base = disk, base
         self.faults = Faults()
@@ -65,17 +67,20 @@ class Rooms:
         self.service = ImageService(
             self.images, self.records, self.transfers, self.fetcher, settlements=self.settlements, digests=self.digests
         )
-        self.maintenance = Maintenance(self.images, self.records, self.fetcher, self.digests)
+        self.uploads = Uploads(self.images, self.records, self.transfers, self.settlements, expire=expire)
+        self.maintenance = Maintenance(self.images, self.records, self.fetcher, self.uploads, self.digests)
 
     def start(self) -> None:
         self.transfers.start()
         self.fetcher.start()
+        self.uploads.start()
         self.digests.start()
 
     def close(self) -> None:
         """Stops the threads; the stores stay open."""
         self.digests.close()
         self.fetcher.close()
+        self.uploads.close()
         self.transfers.close()
 
     def let_go(self) -> None:
@@ -94,6 +99,11 @@ class Rooms:
         image = Image(id=new_id(), type=ImageType.KVM, source=source)
         self.disk.claim(image.id)
         return self.base.create(image)
+
+    def verify_uploads(self) -> None:
+        """What the thread of the uploads does after a start, until a store fails or nothing is left."""
+        while self.uploads._to_verify:
+            self.uploads._to_verify.popleft()()
 
     def take_turns(self) -> list[str]:
         """The ids of the images that wait to be fetched, which then wait no more."""

@@ -452,6 +452,7 @@ def test_settings_do_not_change(toml: Write) -> None:
 
 
 OTHER_VALUES: dict[str, object] = {
+    "uploads.expire": 9.5,
     "scrub.bytesPerSecond": 5,
     "scrub.interval": 7.5,
     "host": "::1",
@@ -524,7 +525,7 @@ def test_names_of_variables_and_flags_follow_the_keys() -> None:
 def test_each_field_is_a_setting_or_a_group_of_them() -> None:
     groups = [field.name for field in dataclasses.fields(Settings) if "setting" not in field.metadata]
 
-    assert groups == ["fetch", "scrub", "image_store", "metadata_store"]
+    assert groups == ["fetch", "uploads", "scrub", "image_store", "metadata_store"]
     assert set(OTHER_VALUES) == {setting.key for setting in SETTINGS}
 
 
@@ -537,7 +538,8 @@ def shipped() -> str:
 
 def test_the_shipped_file_loads_as_it_is_and_changes_nothing() -> None:
     assert load(ROOT / "conf/imgsvc.toml", {"host": "h"}, {}) == load(None, {"host": "h"}, {})
-    assert tomllib.loads(shipped()) == {"imageStoreConfig": {}, "metadataStoreConfig": {}, "fetch": {}, "scrub": {}}
+    groups = ("imageStoreConfig", "metadataStoreConfig", "fetch", "uploads", "scrub")
+    assert tomllib.loads(shipped()) == {group: {} for group in groups}
 
 
 def test_the_shipped_file_shows_every_setting_with_its_default() -> None:

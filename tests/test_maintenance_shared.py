@@ -196,6 +196,7 @@ class Everything:
         self.rooms = Rooms(images, self.records)
 
     def restart(self) -> None:
+        self.rooms.let_go()
         self.rooms = Rooms(self.rooms.disk, self.records)
 
     def check(self) -> None:

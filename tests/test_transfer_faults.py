@@ -217,6 +217,7 @@ def test_each_step_may_be_the_last(disk: Place, way: Way, step: int, applied: bo
     rooms.let_go()
     after = disk.open()
     after.maintenance.start_sweep()
+    after.verify_uploads()
     for image in after.listed().values():
         if image.status is Status.PENDING:
             assert after.claims() == {image.id}

@@ -20,7 +20,7 @@ from tornado.iostream import StreamClosedError
 from tornado.web import HTTPError, RequestHandler, stream_request_body
 
 from imgsvc import __version__
-from imgsvc.api.errors import error_document, status_of
+from imgsvc.api.errors import REASONS, error_document, status_of
 from imgsvc.api.in_flight import InFlight
 from imgsvc.api.progress import acknowledged
 from imgsvc.context import Context
@@ -91,21 +91,31 @@ class BaseHandler(RequestHandler):
         structlog.contextvars.bind_contextvars(request=self.request_id)
         self.in_flight.add(self)
         if not self._has_body():
-            self._check_ready()
+            self.check_request()
             return
         name = str(self.request.method).lower()
         setattr(self, name, self._after_body(getattr(self, name)))
         # What is too much is for `accept_body` and `body_received` to say, for Tornado's own limit says it by a reset.
         self._connection.set_max_body_size(sys.maxsize)
         try:
-            self._check_ready()
-            self._check_method()
+            self.check_request()
+            self.check_method()
             await self.accept_body()
         except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer and not a reset
             await self.refuse(error)
         else:
             self._heard = time.monotonic()
             self._watch_silence()
+
+    def check_request(self) -> None:
+        """Raises what a request is to be refused with, whatever its method and body."""
+        if self.needs_stores and self.context.not_ready is not None:
+            raise Unavailable(self.context.not_ready)
+
+    def check_method(self) -> None:
+        """Raises unless the path has the method."""
+        if self.request.method not in self.allowed:
+            raise HTTPError(self.otherwise)
 
     async def accept_body(self) -> None:
         """Raises what a request is to be refused with before any of its body is read."""
@@ -275,8 +285,8 @@ class BaseHandler(RequestHandler):
         status = status_of(error)
         document = error_document(error, expose_stack=self.context.settings.expose_stack).encode()
         self.clear()
-        self.set_status(status)
-        if status is HTTPStatus.METHOD_NOT_ALLOWED:
+        self.set_status(status, REASONS.get(status))
+        if status == HTTPStatus.METHOD_NOT_ALLOWED:
             headers["Allow"] = ", ".join(self.allowed)
         for name, value in headers.items():
             self.set_header(name, value)
@@ -310,14 +320,6 @@ class BaseHandler(RequestHandler):
             with contextlib.suppress(StreamClosedError):
                 await self.finish()
             self.cut()
-
-    def _check_ready(self) -> None:
-        if self.needs_stores and self.context.not_ready is not None:
-            raise Unavailable(self.context.not_ready)
-
-    def _check_method(self) -> None:
-        if self.request.method not in self.allowed:
-            raise HTTPError(self.otherwise)
 
     def _has_body(self) -> bool:
         headers = self.request.headers

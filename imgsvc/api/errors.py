@@ -10,12 +10,20 @@ from tornado.web import HTTPError
 
 from imgsvc import errors
 
+# From the tus protocol, and in no other list.
+CHECKSUM_MISMATCH = 460
+
+REASONS = {CHECKSUM_MISMATCH: "Checksum Mismatch"}
+
 # The first class that fits counts, so a subclass stands before its parent.
-_STATUS: tuple[tuple[type[errors.ImgsvcError], HTTPStatus], ...] = (
+_STATUS: tuple[tuple[type[errors.ImgsvcError], int], ...] = (
     (errors.Invalid, HTTPStatus.BAD_REQUEST),
     (errors.TooLarge, HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
+    (errors.Gone, HTTPStatus.GONE),
     (errors.NotFound, HTTPStatus.NOT_FOUND),
     (errors.Conflict, HTTPStatus.CONFLICT),
+    (errors.Locked, HTTPStatus.LOCKED),
+    (errors.WrongChecksum, CHECKSUM_MISMATCH),
     (errors.WrongDigest, HTTPStatus.UNPROCESSABLE_ENTITY),
     (errors.NoSpace, HTTPStatus.INSUFFICIENT_STORAGE),
     (errors.Unavailable, HTTPStatus.SERVICE_UNAVAILABLE),
@@ -32,10 +40,10 @@ _MESSAGE: dict[type[errors.ImgsvcError], str] = {
 }
 
 
-def status_of(error: BaseException) -> HTTPStatus:
+def status_of(error: BaseException) -> int:
     """What an error is answered with; a programming mistake is an internal error."""
     if isinstance(error, HTTPError):
-        return HTTPStatus(error.status_code)
+        return error.status_code
     for kind, status in _STATUS:
         if isinstance(error, kind):
             return status
@@ -54,5 +62,5 @@ def message_of(error: BaseException) -> str:
 def error_document(error: BaseException, *, expose_stack: bool) -> str:
     """The wire contract's error JSON; `stack` is empty unless the operator exposes it."""
     stack = [line.strip() for line in traceback.format_exception(error)] if expose_stack else []
-    document = {"message": message_of(error), "code": status_of(error).value, "stack": stack}
+    document = {"message": message_of(error), "code": status_of(error), "stack": stack}
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")) + "\n"

@@ -33,7 +33,7 @@ class ImagesHandler(ImageAnswer):
     """`/images`: list, upload, fetch."""
 
     allowed = ("GET", "HEAD", "PUT", "POST")
-    upload: Upload | None = None
+    upload: Upload[Image] | None = None
 
     async def get(self) -> None:
         """Lists. Pages are sent as they are read, so that neither memory nor the event loop feels a long list."""
@@ -89,9 +89,9 @@ class ImagesHandler(ImageAnswer):
         image = await self.context.records_pool.run(self.context.service.fetch, *wanted)
         self.write_image(image, HTTPStatus.ACCEPTED)
 
-    async def _begin_upload(self) -> Upload:
+    async def _begin_upload(self) -> Upload[Image]:
         headers = self.request.headers
-        image_type = _image_type(headers.get("X-Image-Type", ""), "invalid X-Image-Type header")
+        image_type = parsed_type(headers.get("X-Image-Type", ""), "invalid X-Image-Type header")
         # Tornado hands headers over as latin-1; the wire contract has UTF-8 in this one.
         comment = headers.get("X-Image-Comment", "").encode("latin-1", "replace").decode("utf-8", "replace")
         transfer = await self.context.records_pool.run(
@@ -107,7 +107,7 @@ class ImagesHandler(ImageAnswer):
         wanted = self.get_query_arguments("type", strip=False)
         if wanted in ([], [""]):
             return None
-        return _image_type(wanted[0] if len(wanted) == 1 else "", "invalid type")
+        return parsed_type(wanted[0] if len(wanted) == 1 else "", "invalid type")
 
 
 class ImageHandler(ImageAnswer):
@@ -147,7 +147,7 @@ def _fetch_request(body: bytes) -> tuple[str, ImageType, str, str]:
     source = _text(document, "source")
     if not source:
         raise Invalid("missing image source")
-    image_type = _image_type(_text(document, "type"), "invalid image type")
+    image_type = parsed_type(_text(document, "type"), "invalid image type")
     sha256 = _text(document, "sha256")
     return source, image_type, _text(document, "comment"), sha256 and digest_in_hex(sha256, "sha256")
 
@@ -162,7 +162,8 @@ def _text(document: dict[str, Any], key: str) -> str:
     return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _image_type(text: str, complaint: str) -> ImageType:
+def parsed_type(text: str, complaint: str) -> ImageType:
+    """Raises Invalid, with the complaint."""
     try:
         return ImageType(text)
     except ValueError as error:

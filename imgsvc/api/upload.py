@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
+from typing import Generic, Protocol, TypeVar
 
 from imgsvc.blocks import PATIENCE, Blocks
 from imgsvc.errors import ImgsvcError
-from imgsvc.metadata.image import Image
 from imgsvc.pools import Pool
-from imgsvc.transfer import Transfer
+
+Result_co = TypeVar("Result_co", covariant=True)
+Result = TypeVar("Result")
 
 
-class Upload:
+class Taker(Protocol[Result_co]):
+    """Where the bytes go: a `Transfer`, or what stands before one."""
+
+    @property
+    def cancelled(self) -> ImgsvcError | None: ...
+
+    def feed(self, block: bytes | bytearray | memoryview) -> None: ...
+
+    def commit(self) -> None: ...
+
+    def complete(self) -> Result_co: ...
+
+    def abort(self, reason: ImgsvcError) -> None: ...
+
+
+class Upload(Generic[Result]):
     """While one block is written, the next is gathered; a sender that is faster than the disk is not read from.
 
     `give_up` is awaited, once, with what ends the upload while nobody is in `receive` or `finish` to be told: an image
@@ -20,12 +38,21 @@ class Upload:
     """
 
     def __init__(
-        self, transfer: Transfer, disk: Pool, records: Pool, give_up: Callable[[Exception], Awaitable[None]]
+        self,
+        transfer: Taker[Result],
+        disk: Pool,
+        records: Pool,
+        give_up: Callable[[Exception], Awaitable[None]],
+        *,
+        resumable: bool = False,
+        offset: int = 0,
     ) -> None:
+        """What was gathered is written before an abort of one that is `resumable`, and begins at the `offset`."""
+        self._resumable = resumable
         self._transfer = transfer
         self._disk = disk
         self._records = records
-        self._blocks = Blocks()
+        self._blocks = Blocks(offset)
         self._in_order = asyncio.Lock()
         self._writing: asyncio.Future[None] | None = None
         self._watch = asyncio.create_task(self._watch_transfer(give_up))
@@ -36,8 +63,8 @@ class Upload:
         if self._blocks.due():
             await self._write()
 
-    async def finish(self) -> Image:
-        """The body is whole. Returns the complete image; raises what `Transfer.finish` does."""
+    async def finish(self) -> Result:
+        """The body is whole. Returns and raises what `complete` does; also raises what `commit` does."""
         self._watch.cancel()
         while await self._write():
             pass
@@ -45,14 +72,21 @@ class Upload:
         return await self._records.run(self._transfer.complete)
 
     async def abort(self, reason: ImgsvcError) -> None:
-        """Ends the upload, unless it has ended: no bytes are kept, and the record gives the reason."""
+        """Ends the upload, unless it has ended, as `Taker.abort` does."""
         if asyncio.current_task() is not self._watch:
             self._watch.cancel()
+        if self._resumable:
+            await self._write_rest()
         await self._records.run(self._transfer.abort, reason)
         writing = self._writing  # which `finish` may await as well, and then forgets
         if writing is not None:
             await asyncio.wait({writing})
             writing.exception()  # the reason is known; this one came after it
+
+    async def _write_rest(self) -> None:
+        with contextlib.suppress(ImgsvcError):  # it is over anyway
+            while await self._write():
+                pass
 
     async def _write(self) -> bool:
         """Hands the gathered bytes to the disk as soon as it has taken those before; False when none were left."""
@@ -69,7 +103,7 @@ class Upload:
         try:
             while self._transfer.cancelled is None:
                 await asyncio.sleep(PATIENCE)
-                if self._blocks.due():
+                if self._blocks.due() or (self._writing is not None and self._writing.done()):
                     await self._write()
             await give_up(self._transfer.cancelled)
         except ImgsvcError as error:

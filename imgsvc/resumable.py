@@ -1,0 +1,225 @@
+"""One upload that may come in many requests: how far it is, and the one request at a time that brings it on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from imgsvc.errors import Conflict, Gone, ImgsvcError, Incomplete, Locked, Unavailable, WrongChecksum
+from imgsvc.images.store import ImageWriter
+from imgsvc.intake import Origin
+from imgsvc.metadata.image import Image
+from imgsvc.transfer import Transfer
+
+# What the bytes of one request may be checked with.
+ALGORITHMS = ("sha1", "sha256")
+
+# Seconds that somebody waits for a request that writes a block, or puts the image on the disk for good.
+_PATIENCE = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Checksum:
+    """What the bytes of one request must have; `algorithm` is one of ALGORITHMS."""
+
+    algorithm: str
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far an upload is, in bytes. `metadata` is as its client gave it, "" when that is not known any more. `expires`
+    is the Unix time at which it is given up unless more comes; None when it is complete."""
+
+    image: Image
+    offset: int
+    length: int
+    metadata: str = ""
+    expires: float | None = None
+
+
+class Resumable:
+    """Every method may be called from any thread, and may block. Each raises what the transfer was cancelled with.
+
+    While no request brings bytes, the transfer is paused, and no file is open. `lock`, `request`, `touched` and
+    `progress` are for its requests alone.
+    """
+
+    def __init__(
+        self,
+        transfer: Transfer,
+        open_writer: Callable[[], ImageWriter],
+        *,
+        metadata: str,
+        expire: float,
+        touched: float,
+        verified: bool,
+    ) -> None:
+        """The transfer is paused. `expire` is in seconds, `touched` the Unix time of the last byte. What an earlier run
+        left is not `verified` until `verify`."""
+        self.transfer = transfer
+        self._open_writer = open_writer
+        self.metadata = metadata
+        self._expire = expire
+        self.touched = touched
+        self._verified = verified
+        self.lock = threading.Lock()
+        self.request: Request | None = None
+
+    def look(self) -> Progress:
+        """How far it is, whatever happens now. Raises Locked when a request does not let go of it for a moment,
+        Unavailable or NoSpace when that cannot be noted."""
+        with self._quiet():
+            return self.progress()
+
+    def begin(self, offset: int, checksum: Checksum | None = None) -> Request:
+        """A request that brings the bytes from `offset` on; one that was under way is over. Raises Conflict when the
+        upload is at another offset, and then changes nothing; else as `look` does."""
+        with self._quiet():
+            there = self.transfer.checkpoint()
+            if offset != there:
+                raise Conflict(f"the upload is at offset {there}")
+            if self.request is None:
+                self.transfer.go_on(self._open_writer)
+            else:
+                # It is at the very byte at which the newcomer begins, so it brings nothing: its connection is dead, and
+                # we have not been told, or the two of them compete.
+                self.request.supersede()
+                self.transfer.go_back()
+            self.request = Request(self, checksum)
+            if checksum is not None:
+                self.transfer.hold()
+            return self.request
+
+    def verify(self, origin: Origin, look: Callable[[], None]) -> None:
+        """Goes on behind what an earlier run left of bytes of this `origin`, as far as it is right. Raises NotFound or
+        Conflict when the record was ended, Unavailable or NoSpace when the stores cannot now, and what `look` does."""
+        with self.lock:
+            try:
+                self.transfer.go_on(self._open_writer)
+                self.transfer.recover(look)
+                if not self.transfer.size:
+                    self.transfer.restart(origin)
+                self.transfer.start(self.transfer.image.expected_size)
+            finally:
+                self.transfer.pause()
+            self._verified = True
+
+    def abandon(self, now: float) -> None:
+        """Gives it up when it is too long, at the Unix time `now`, since the last byte came."""
+        with self.lock:
+            if self.request is None and now >= self._expires:
+                self.transfer.abort(Gone(f"the upload was abandoned: no byte came for {self._expire:g} seconds"))
+
+    @property
+    def _expires(self) -> float:
+        return self.touched + self._expire
+
+    def progress(self) -> Progress:
+        offset, image = self.transfer.checkpoint(), self.transfer.image
+        return Progress(image, offset, image.expected_size, self.metadata, self._expires)
+
+    @contextlib.contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Without anything going on."""
+        if not self._verified:
+            raise Unavailable("what came before the service was started again is being verified")
+        if not self.lock.acquire(timeout=_PATIENCE):
+            raise Locked("another request is being finished")
+        try:
+            yield
+        finally:
+            self.lock.release()
+
+
+class Request:
+    """The bytes of one request, on their way into the upload; what a `Transfer` is to a plain one.
+
+    `feed`, then `commit` and `complete`, or at any point `abort`; one call at a time. Nothing but `abort` may follow
+    an error.
+    """
+
+    def __init__(self, upload: Resumable, checksum: Checksum | None) -> None:
+        self.upload = upload
+        self._transfer = upload.transfer
+        self._checksum = checksum
+        self._digest = None if checksum is None else hashlib.new(checksum.algorithm, usedforsecurity=False)
+        self._progress: Progress | None = None
+        self._ended: ImgsvcError | None = None
+
+    @property
+    def cancelled(self) -> ImgsvcError | None:
+        return self._ended or self._transfer.cancelled
+
+    def supersede(self) -> None:
+        """Another request has taken its place."""
+        self._ended = Locked("another request goes on with this upload")
+
+    def feed(self, block: bytes | bytearray | memoryview) -> None:
+        """As `Transfer.feed`; also raises Locked when another request has taken the upload over."""
+        with self._lock:
+            self._check_running()
+            if self._digest is not None:
+                self._digest.update(block)
+            self._transfer.feed(block)
+            self.upload.touched = time.time()
+
+    def commit(self) -> None:
+        """All its bytes were fed. Those of a whole upload are put on the disk for good, with what `Transfer.commit`
+        raises; it is then over. Raises WrongChecksum, and drops the request's bytes; NoSpace or Unavailable."""
+        with self._lock:
+            self._check_running()
+            try:
+                self._check_sum()
+                if self._transfer.size == self._transfer.image.expected_size:
+                    self._commit_whole()
+                else:
+                    self._progress = self.upload.progress()
+            finally:
+                self._end(Incomplete("the request is over"))
+
+    def complete(self) -> Progress:
+        """How far the upload is after the request. Raises as `Transfer.complete` does."""
+        if self._progress is not None:
+            return self._progress
+        image = self._transfer.complete()
+        return Progress(image, image.size, image.size, self.upload.metadata)
+
+    def abort(self, reason: ImgsvcError) -> None:
+        """The request is over, and the upload goes on with what was fed, unless that was to be checked; does nothing when
+        it was over. Never raises."""
+        with self._lock:
+            if self._ended is None:
+                self._end(reason)
+
+    @property
+    def _lock(self) -> threading.Lock:
+        return self.upload.lock
+
+    def _check_running(self) -> None:
+        if self._ended is not None:
+            raise self._ended
+
+    def _check_sum(self) -> None:
+        if self._checksum is None or self._digest is None:
+            return
+        if self._digest.digest() != self._checksum.digest:
+            self._transfer.go_back()
+            raise WrongChecksum("the bytes do not have the checksum that was announced; they were dropped")
+        self._transfer.release()
+
+    def _commit_whole(self) -> None:
+        try:
+            self._transfer.commit()
+        except ImgsvcError as error:
+            self._transfer.abort(error)
+            raise
+
+    def _end(self, reason: ImgsvcError) -> None:
+        self._ended = reason
+        self.upload.request = None
+        self._transfer.pause()
