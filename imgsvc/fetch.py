@@ -99,8 +99,10 @@ class _Sink:
         self._writing: Future[None] | None = None
 
     def begin(self, version: Version, offset: int) -> None:
-        self._wait_for_disk()
-        if offset == 0:
+        if offset:
+            self.flush()
+        else:
+            self._wait_for_disk()
             self._transfer.restart(_origin(version) if version.etag else None)
         self._blocks = Blocks(offset)
         self._transfers.admit(version.length, self._transfer)

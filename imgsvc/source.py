@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ParamSpec, Protocol
 from urllib.parse import urljoin
 
@@ -15,7 +14,7 @@ from imgsvc.blocks import BLOCK
 from imgsvc.errors import FetchFailed, ImgsvcError, Interrupted
 from imgsvc.metadata.image import UNKNOWN_SIZE
 from imgsvc.settings import FetchSettings
-from imgsvc.source_answer import Answer, Part, Version
+from imgsvc.source_answer import Part, Version
 from imgsvc.source_curl import Request, Requests
 
 P = ParamSpec("P")
@@ -77,7 +76,7 @@ class Source:
             return
         with closing(_Reading(self._settings, self._sink, known, alone=self._alone)) as reading:
             try:
-                reading.read(offset)
+                reading.read(offset, self._url)
             finally:
                 self.version = reading.version
                 self._alone = reading.alone
@@ -108,7 +107,8 @@ class _Reading:
     """One try. It begins with one connection. Where the source turns out to serve ranges of the same version, others
     fetch pieces ahead of it; a source that does not keep to that is left to the one connection.
 
-    `version` is what was found; `alone` says that more than one connection is of no use.
+    `version` is what was found; `alone` says that more than one connection is of no use. A redirect is remembered, as
+    part of the version, once there was an image behind it.
     """
 
     def __init__(self, settings: FetchSettings, sink: Sink, version: Version, *, alone: bool) -> None:
@@ -123,14 +123,23 @@ class _Reading:
         # The first byte that nobody has asked for, once there are several connections.
         self._next: int | None = None
         self._redirects = 0
+        self._lied = False
+        # Where to begin anew when what an earlier redirect led to is gone.
+        self._home: str | None = None
 
     def close(self) -> None:
         self._requests.close()
 
-    def read(self, offset: int) -> None:
+    def read(self, offset: int, home: str) -> None:
+        if home != self.version.url:
+            self._home = home
         self._ask_for_rest(offset)
         while self._stretches:
-            for request, code, message in self._requests.step(_TICK):
+            ended = self._requests.step(_TICK)
+            if self._lied:
+                self.alone, self._lied = True, False
+                self._ask_anew(self.version.url)
+            for request, code, message in ended:
                 self._ended(request, code, message)
             self._hand_on()
             self._ask_for_pieces()
@@ -143,7 +152,7 @@ class _Reading:
         answer = request.answer
         if request.part is not None and request.part.last is not None:
             if answer.status != _PARTIAL_CONTENT or not answer.is_part(request.part, self.version.length):
-                raise Interrupted(f"the source answered {answer.status} to a range", answer.retry_after)
+                raise _NotServed
             if request is self._probe:
                 self._split()
         elif answer.status in _REDIRECTS and answer.location:
@@ -155,8 +164,7 @@ class _Reading:
         stretch = self._of.get(request)
         if stretch is None:
             return  # the probe's byte
-        if stretch.end is not None:
-            data = data[: stretch.end - stretch.position]
+        data = self._within(stretch, data)
         stretch.got += len(data)
         self._unhurried(self._sink.pace, len(data))
         if stretch is self._stretches[0]:
@@ -170,53 +178,99 @@ class _Reading:
         part = Part(offset, None, self.version.etag) if offset else None
         self._add(_Stretch(Request(self.version.url, part, self._settings, self), offset))
 
+    def _ask_anew(self, url: str) -> None:
+        """For the whole, and whatever it is now."""
+        for stretch in self._stretches:
+            self._give_up(stretch)
+        self._stretches.clear()
+        self._next = None
+        self._add(_Stretch(Request(url, None, self._settings, self), 0))
+
     def _begin(self, request: Request) -> None:
         answer, part = request.answer, request.part
         stretch = self._of[request]
-        _check_status(answer, part)
+        self._check_status(request)
         if answer.status == _OK:
             self.version = Version(request.url, answer.etag, answer.length)
             stretch.first = 0
-        elif part is None or not answer.is_part(part, self.version.length):
-            raise _NoSuchPart
+        elif part is None or answer.range is None or not answer.is_part(part, self.version.length):
+            raise _Anew(request.url)
+        else:
+            self.version = replace(self.version, length=answer.range[-1])
+        self._home = None
         self._unhurried(self._sink.begin, self.version, stretch.first)
         rest = self.version.length - stretch.first
         if not self.alone and self.version.etag and answer.takes_ranges and rest > self._settings.split_size:
             last = self.version.length - 1
             self._probe = Request(self.version.url, Part(last, last, self.version.etag), self._settings, self)
 
+    def _check_status(self, request: Request) -> None:
+        """Raises what an answer without the bytes means."""
+        answer, part = request.answer, request.part
+        if answer.status == _OK or (part is not None and answer.status == _PARTIAL_CONTENT):
+            return
+        if part is not None and answer.status == _RANGE_NOT_SATISFIABLE:
+            raise _Anew(request.url)
+        message = f"the source answered {answer.status}"
+        if answer.status == _TOO_MANY_REQUESTS or answer.status in _SERVER_ERRORS:
+            raise Interrupted(message, answer.retry_after)
+        if self._home is not None and request.url == self.version.url:
+            raise _Anew(self._home)
+        raise FetchFailed(message)
+
+    def _within(self, stretch: _Stretch, data: bytes) -> bytes:
+        """Of the bytes that follow in the stretch, those that are part of it."""
+        end = self.version.length if stretch.end is None else stretch.end
+        rest = len(data) if end == UNKNOWN_SIZE else end - stretch.position
+        if len(data) > rest and (stretch.end is None or not stretch.request.may_go_on):
+            # Then nothing that it sent so far need be what it said.
+            self._lied = True
+        return data[:rest]
+
     def _ended(self, request: Request, code: int, message: str) -> None:
+        if request is self._probe:
+            self.alone = self.alone or self._next is None
+            return
         stretch = self._of.pop(request, None)
-        if stretch is None:  # the probe
-            self.alone = self._next is None
+        if stretch is None:
             return
         try:
             request.check(code, message)
         except _Redirected as redirect:
             self._follow(redirect, stretch)
             return
-        except _NoSuchPart:
-            self._stretches.clear()
-            self.version = Version(request.url)
-            self._ask_for_rest(0)
+        except _Anew as anew:
+            self._home = None
+            self._ask_anew(anew.url)
+            return
+        except _NotServed:
+            self._fall_back()
             return
         except FetchFailed as error:
-            if stretch.end is None:
+            if stretch.request.may_go_on:
                 raise
-            self.alone = True
-            raise Interrupted(str(error), getattr(error, "retry_after", None)) from error
+            if request.has_answer:
+                raise Interrupted(str(error)) from error
+            self._fall_back()
+            return
+        self._check_end(stretch)
+
+    def _check_end(self, stretch: _Stretch) -> None:
+        """It ended as it should, though perhaps too early."""
         end = self.version.length if stretch.end is None else stretch.end
-        if end not in (UNKNOWN_SIZE, stretch.position):
+        if end in (UNKNOWN_SIZE, stretch.position):
+            stretch.done = True
+        elif stretch.request.may_go_on:
             raise Interrupted(f"the source ended after {stretch.position} of {end} bytes")
-        stretch.done = True
+        else:
+            self._fall_back()
 
     def _follow(self, redirect: _Redirected, stretch: _Stretch) -> None:
         if self._redirects == self._settings.max_redirects:
             raise FetchFailed(f"the source redirected more than {self._settings.max_redirects} times")
         self._redirects += 1
-        self._stretches.clear()
-        self.version = dataclasses.replace(self.version, url=_resolved(stretch.request.url, redirect.location))
-        self._ask_for_rest(stretch.first)
+        # An ETag means nothing elsewhere, so there is nothing to go on with.
+        self._ask_anew(_resolved(stretch.request.url, redirect.location))
 
     def _hand_on(self) -> None:
         """What waits only for what came before it."""
@@ -248,11 +302,26 @@ class _Reading:
             return
         connections, length = self._settings.connections, self.version.length
         latest = (self._stretches[0].position if self._stretches else self._next) + connections * PIECE
-        while self._next < min(length, latest) and len(self._of) < connections:
+        while self._next < min(length, latest) and len(self._requests) < connections:
             end = min(self._next + PIECE, length)
             part = Part(self._next, end - 1, self.version.etag)
             self._add(_Stretch(Request(self.version.url, part, self._settings, self), self._next, end))
             self._next = end
+
+    def _fall_back(self) -> None:
+        """To one connection, from where the bytes in order end."""
+        self._hand_on()
+        self.alone, self._next = True, None
+        head = self._stretches.popleft()
+        for stretch in self._stretches:
+            self._give_up(stretch)
+        self._stretches.clear()
+        if head.request.may_go_on and not head.is_full:
+            head.end = None
+            self._stretches.append(head)
+        else:
+            self._give_up(head)
+            self._ask_for_rest(head.position)
 
     # All of them.
 
@@ -262,9 +331,12 @@ class _Reading:
         self._requests.add(stretch.request)
 
     def _end(self, stretch: _Stretch) -> None:
+        self._give_up(stretch)
+        stretch.done = True
+
+    def _give_up(self, stretch: _Stretch) -> None:
         self._requests.end(stretch.request)
         self._of.pop(stretch.request, None)
-        stretch.done = True
 
     def _look_for_silence(self) -> None:
         for request, seconds in self._requests.silent():
@@ -274,27 +346,18 @@ class _Reading:
                 if request is self._probe:
                     self._requests.end(request)
                     self.alone = True
-                else:
+                elif request.may_go_on or request.has_answer:
                     # curl's own watch averages over five seconds, and so is late.
                     raise Interrupted(f"the source sent nothing for {self._settings.stall_timeout:g} seconds")
+                else:
+                    self._fall_back()
+                    return
 
     def _unhurried(self, call: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
         """A slow disk, or a limit of ours, is not the source's silence."""
         began = time.monotonic()
         call(*args, **kwargs)
         self._requests.forgive(time.monotonic() - began)
-
-
-def _check_status(answer: Answer, part: Part | None) -> None:
-    """Raises what an answer without the bytes means."""
-    if answer.status == _OK or (part is not None and answer.status == _PARTIAL_CONTENT):
-        return
-    if part is not None and answer.status == _RANGE_NOT_SATISFIABLE:
-        raise _NoSuchPart
-    message = f"the source answered {answer.status}"
-    if answer.status == _TOO_MANY_REQUESTS or answer.status in _SERVER_ERRORS:
-        raise Interrupted(message, answer.retry_after)
-    raise FetchFailed(message)
 
 
 def _resolved(url: str, location: str) -> str:
@@ -313,5 +376,13 @@ class _Redirected(ImgsvcError):
         self.location = location
 
 
-class _NoSuchPart(ImgsvcError):
-    """The source cannot go on where the last reading ended, and has to be read from its beginning."""
+class _Anew(ImgsvcError):
+    """The source cannot go on where the last reading ended, and has to be read from its beginning, at this URL."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.url = url
+
+
+class _NotServed(ImgsvcError):
+    """The source does not serve a piece, or not to so many connections."""

@@ -83,11 +83,14 @@ class Answer:
                 self.retry_after = _seconds_until(value)
 
     def is_part(self, part: Part, length: int) -> bool:
-        """Whether the body is this part of the version's `length` bytes, as far as headers tell."""
-        last = length - 1 if part.last is None else part.last
-        of_version = self.etag in ("", part.etag)
-        fits = self.length in (UNKNOWN_SIZE, last - part.first + 1)
-        return of_version and fits and self.range == (part.first, last, length)
+        """Whether the body is this part of the version, of `length` bytes in all or UNKNOWN_SIZE, as far as headers
+        tell. A 206 has to repeat the ETag (RFC 9110, section 15.3.7); one that does not may be of any version."""
+        if self.range is None or self.etag != part.etag:
+            return False
+        first, last, total = self.range
+        wanted = (part.first, total - 1 if part.last is None else part.last)
+        whole = length in (UNKNOWN_SIZE, total) and first <= last < total
+        return whole and (first, last) == wanted and self.length in (UNKNOWN_SIZE, last - first + 1)
 
 
 def _seconds_until(moment: str) -> float | None:

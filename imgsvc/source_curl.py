@@ -23,6 +23,11 @@ _OK = 200
 # that returns anything but 0.
 _ABORT = -1
 _LOOPBACK = {4: "127.0.0.1", 6: "::1"}
+# Not to wait for the look-up of a name when a request ends: pycurl has no name for CURLOPT_QUICK_EXIT.
+_QUICK_EXIT = 322
+# Bytes that curl may hand over at once; less where they have to wait for a limit, so that nothing waits long for it.
+_MOST_AT_ONCE = 128 * 1024
+_LEAST_AT_ONCE = 16 * 1024
 # What may be over by the next time. What speaks of the URL or of a certificate will not be.
 _PASSING = frozenset(
     {
@@ -122,7 +127,8 @@ class Request:
         set_option(pycurl.USERAGENT, f"imgsvc/{__version__}")
         set_option(pycurl.CONNECTTIMEOUT_MS, round(self._settings.connect_timeout * 1000))
         set_option(pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_1_1)
-        set_option(pycurl.BUFFERSIZE, 128 * 1024)
+        set_option(pycurl.BUFFERSIZE, _at_once(self._settings.max_bytes_per_second))
+        set_option(_QUICK_EXIT, 1)
         fields = [] if self.part is None else self.part.fields
         if self.may_go_on:
             set_option(pycurl.IGNORE_CONTENT_LENGTH, 1)
@@ -268,6 +274,10 @@ class _Socket(socket.socket):
 
     def __del__(self) -> None:
         self.close()
+
+
+def _at_once(rate: int) -> int:
+    return min(max(rate // 4, _LEAST_AT_ONCE), _MOST_AT_ONCE) if rate else _MOST_AT_ONCE
 
 
 def _bits(event: int) -> int:

@@ -57,9 +57,14 @@ class Collected:
 def read(url: str, sink: Collected | None = None, **settings: Any) -> Collected:
     """Reads the source, with these settings beside short ones that deny nothing; returns the sink."""
     sink = sink or Collected()
-    usual: dict[str, Any] = {"connect_timeout": 5.0, "stall_timeout": 5.0, "deny_networks": ()}
-    Source(url, FetchSettings(**usual | settings), sink).read()
+    reader(url, sink, None, **settings).read()
     return sink
+
+
+def reader(url: str, sink: Collected, version: Version | None, **settings: Any) -> Source:
+    """A source to be read with the settings that `read` has, of which this version was found before."""
+    usual: dict[str, Any] = {"connect_timeout": 5.0, "stall_timeout": 5.0, "deny_networks": ()}
+    return Source(url, FetchSettings(**usual | settings), sink, version)
 
 
 @dataclass(frozen=True)

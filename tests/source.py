@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import gzip
+import re
 import select
 import socket
 import struct
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 _PIECE = 16384
+_RANGE = re.compile(r"bytes=([0-9]+)-([0-9]*)")
 _REASONS = {200: "OK", 301: "Moved Permanently", 302: "Found", 404: "Not Found", 500: "Internal Server Error"}
 
 
@@ -25,6 +27,9 @@ class Resource:
     `announce` is None goes without. The connection ends after `cut_after` bytes of the body (with an RST when
     `reset`). A source on `hold` keeps even the first byte of its answer back until `begin`; after `stall_after` bytes
     of the body nothing more comes until `resume`. `rate` is bytes a second. `garbage` is sent instead of an answer.
+
+    With an `etag` it serves ranges, and keeps to If-Range; what is said of the body above then goes for the part. One
+    with `keep` keeps its connection for a further request, if asked to.
     """
 
     body: bytes = b""
@@ -38,6 +43,8 @@ class Resource:
     rate: float | None = None
     hold: bool = False
     garbage: bytes | None = None
+    etag: str = ""
+    keep: bool = False
     _begun: threading.Event = field(default_factory=threading.Event)
     _resumed: threading.Event = field(default_factory=threading.Event)
 
@@ -50,26 +57,42 @@ class Resource:
         """Content-Encoding gzip, as a server sends it that compresses on the way."""
         return cls(gzip.compress(content), headers={"Content-Encoding": "gzip"})
 
+    def answer_to(self, exchange: Exchange) -> Resource:
+        """What it says to this request: itself, or a part of itself, or that there is no such part."""
+        wanted = exchange.range
+        if not self.etag or wanted is None or exchange.headers.get("if-range", self.etag) != self.etag:
+            return self
+        first, last = wanted
+        size = len(self.body)
+        if first >= size:
+            return replace(self, status=416, body=b"", headers={**self.headers, "Content-Range": f"bytes */{size}"})
+        last = size - 1 if last is None else min(last, size - 1)
+        headers = {**self.headers, "Content-Range": f"bytes {first}-{last}/{size}"}
+        return replace(self, status=206, body=self.body[first : last + 1], headers=headers)
+
     def begin(self) -> None:
         self._begun.set()
 
     def resume(self) -> None:
         self._resumed.set()
 
-    def head(self) -> bytes:
+    def head(self, *, keep: bool = False) -> bytes:
         lines = [f"HTTP/1.1 {self.status} {_REASONS.get(self.status, 'Whatever')}"]
         lines += [f"{name}: {value}" for name, value in self.headers.items()]
         if self.chunked:
             lines.append("Transfer-Encoding: chunked")
         elif self.announce is not None:
             lines.append(f"Content-Length: {len(self.body) if self.announce == -1 else self.announce}")
-        lines.append("Connection: close")
+        if self.etag:
+            lines += [f"ETag: {self.etag}", "Accept-Ranges: bytes"]
+        lines.append(f"Connection: {'keep-alive' if keep else 'close'}")
         return "\r\n".join([*lines, "", ""]).encode()
 
 
 @dataclass
 class Exchange:
-    """One request that the source got. `closed` is set when the other side went away before the body's end."""
+    """One request that the source got, the path's first when its `number` is 0. `closed` is set when the other side
+    went away before the body's end."""
 
     method: str
     path: str
@@ -77,6 +100,25 @@ class Exchange:
     began: float
     sent: int = 0
     closed: threading.Event = field(default_factory=threading.Event)
+    number: int = 0
+
+    @property
+    def range(self) -> tuple[int, int | None] | None:
+        """The first and the last byte that were asked for; None for the whole, or to the end."""
+        found = _RANGE.fullmatch(self.headers.get("range", ""))
+        return None if found is None else (int(found[1]), int(found[2]) if found[2] else None)
+
+    @property
+    def first(self) -> int:
+        """The first byte that was asked for."""
+        return 0 if self.range is None else self.range[0]
+
+    @property
+    def may_keep(self) -> bool:
+        return self.headers.get("connection", "").lower() != "close"
+
+
+Answers = Callable[[Exchange], Resource]
 
 
 class Source:
@@ -84,7 +126,10 @@ class Source:
 
     def __init__(self) -> None:
         self.exchanges: list[Exchange] = []
-        self._resources: dict[str, Resource] = {}
+        self.most_connections = 0
+        self._connections = 0
+        self._lock = threading.Lock()
+        self._answers: dict[str, Answers] = {}
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self._ending = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -105,9 +150,11 @@ class Source:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def serve(self, path: str, resource: Resource | bytes) -> str:
-        """From now on the path answers with this; returns its URL."""
-        self._resources[path] = resource if isinstance(resource, Resource) else Resource(resource)
+    def serve(self, path: str, answer: Resource | bytes | Answers) -> str:
+        """From now on the path answers with this, or with what this makes of a request; returns its URL."""
+        if isinstance(answer, bytes):
+            answer = Resource(answer)
+        self._answers[path] = answer.answer_to if isinstance(answer, Resource) else answer
         return self.url + path
 
     def asked(self, path: str) -> list[Exchange]:
@@ -138,17 +185,31 @@ class Source:
                 thread.start()
 
     def _serve_one(self, connection: socket.socket) -> None:
-        with connection:
-            connection.settimeout(0.1)
-            exchange = self._request(connection)
-            if exchange is None:
-                return
-            resource = self._resources.get(exchange.path, Resource(b"not here\n", status=404))
+        with self._lock:
+            self._connections += 1
+            self.most_connections = max(self.most_connections, self._connections)
+        try:
+            with connection:
+                connection.settimeout(0.1)
+                while (exchange := self._request(connection)) is not None and self._serve_request(connection, exchange):
+                    pass
+        finally:
+            with self._lock:
+                self._connections -= 1
+
+    def _serve_request(self, connection: socket.socket, exchange: Exchange) -> bool:
+        """Whether the connection is kept for another."""
+        with self._lock:
+            exchange.number = len(self.asked(exchange.path))
             self.exchanges.append(exchange)
-            try:
-                self._answer(connection, exchange, resource)
-            except OSError:
-                exchange.closed.set()
+        answer = self._answers.get(exchange.path)
+        resource = Resource(b"not here\n", status=404) if answer is None else answer(exchange)
+        try:
+            self._answer(connection, exchange, resource)
+        except OSError:
+            exchange.closed.set()
+        whole = resource.cut_after is None and not exchange.closed.is_set()
+        return resource.keep and exchange.may_keep and whole
 
     def _request(self, connection: socket.socket) -> Exchange | None:
         data = b""
@@ -175,7 +236,7 @@ class Source:
         if resource.garbage is not None:
             self._send(connection, resource.garbage)
             return
-        self._send(connection, resource.head())
+        self._send(connection, resource.head(keep=resource.keep and exchange.may_keep))
         if exchange.method != "HEAD":
             self._body(connection, exchange, resource)
 
