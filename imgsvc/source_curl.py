@@ -132,6 +132,7 @@ class Request:
         fields = [] if self.part is None else self.part.fields
         if self.may_go_on:
             set_option(pycurl.IGNORE_CONTENT_LENGTH, 1)
+            set_option(pycurl.FRESH_CONNECT, 1)  # on a used one may be what others sent too much
             fields = [*fields, "Connection: close"]
         set_option(pycurl.HTTPHEADER, [field.encode("latin-1") for field in fields])
         set_option(pycurl.HEADERFUNCTION, self._guard(self._header))

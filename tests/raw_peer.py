@@ -25,6 +25,7 @@ class Collected:
     pause: float = 0.0
     begun: list[int] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
+    versions: list[Version] = field(default_factory=list)
     body: bytearray = field(default_factory=bytearray)
     ticks: list[float] = field(default_factory=list)
     calls_after_error: int = -1
@@ -32,6 +33,7 @@ class Collected:
     def begin(self, version: Version, offset: int) -> None:
         self.begun.append(version.length)
         self.offsets.append(offset)
+        self.versions.append(version)
         del self.body[offset:]
         self._called("begin")
 

@@ -84,7 +84,7 @@ class Resource:
         elif self.announce is not None:
             lines.append(f"Content-Length: {len(self.body) if self.announce == -1 else self.announce}")
         if self.etag:
-            lines += [f"ETag: {self.etag}", "Accept-Ranges: bytes"]
+            lines += [f"ETag: {self.etag}"] + ["Accept-Ranges: bytes"] * ("Accept-Ranges" not in self.headers)
         lines.append(f"Connection: {'keep-alive' if keep else 'close'}")
         return "\r\n".join([*lines, "", ""]).encode()
 
@@ -241,7 +241,7 @@ class Source:
             self._body(connection, exchange, resource)
 
     def _body(self, connection: socket.socket, exchange: Exchange, resource: Resource) -> None:
-        end = len(resource.body) if resource.cut_after is None else resource.cut_after
+        end = len(resource.body) if resource.cut_after is None else min(resource.cut_after, len(resource.body))
         pauses = sorted({n for n in (resource.stall_after, end) if n is not None and n <= end})
         began = time.monotonic()
         for pause in pauses:
