@@ -234,6 +234,14 @@ class _Reading:
         stretch = self._of.pop(request, None)
         if stretch is None:
             return
+        if stretch.is_full:
+            stretch.done = True
+        else:
+            self._ended_early(stretch, code, message)
+
+    def _ended_early(self, stretch: _Stretch, code: int, message: str) -> None:
+        """Or as it should, where nobody knew how much there is."""
+        request = stretch.request
         try:
             request.check(code, message)
         except _Redirected as redirect:
@@ -247,7 +255,7 @@ class _Reading:
             self._fall_back()
             return
         except FetchFailed as error:
-            if stretch.request.may_go_on:
+            if request.may_go_on:
                 raise
             if request.has_answer:
                 raise Interrupted(str(error)) from error
