@@ -21,6 +21,8 @@ from imgsvc.turns import Turns
 
 # Seconds between two questions to a metadata store that does not answer.
 _RETRY_INTERVAL = 1.0
+# Seconds after which it is noticed that a fetch that waits was cancelled.
+_LOOK = 0.25
 
 log = structlog.get_logger()
 
@@ -47,11 +49,14 @@ class Fetcher:
         self._running: set[Fetch] = set()
         self._lock = threading.Lock()
         self._stopping = False
+        self._closing = threading.Event()
         self._disk = ThreadPoolExecutor(settings.concurrency, thread_name_prefix="fetch-disk")
         self._threads = [
             threading.Thread(target=self._work, name=f"fetch-{number}", daemon=True)
             for number in range(settings.concurrency)
         ]
+        # The others may all be busy, for hours.
+        self._threads.append(threading.Thread(target=self._end_cancelled, name="fetch-ends", daemon=True))
 
     def start(self) -> None:
         for thread in self._threads:
@@ -69,6 +74,7 @@ class Fetcher:
         for fetch in running:
             fetch.transfer.cancel(Stopping("the service is stopping"))
         waiting = self._turns.close()
+        self._closing.set()
         for thread in self._threads:
             if thread.is_alive():
                 thread.join()
@@ -84,6 +90,14 @@ class Fetcher:
                     self._take(turn)
                 except Exception:  # a thread that dies would leave every later image pending
                     log.exception("fetch failed unexpectedly")
+
+    def _end_cancelled(self) -> None:
+        """Ends those that wait for their source, and were cancelled."""
+        while not self._closing.wait(_LOOK):
+            for turn in self._turns.hurried():
+                if turn.fetch is not None and turn.fetch.transfer.cancelled is not None:
+                    with structlog.contextvars.bound_contextvars(image=turn.image_id):
+                        turn.fetch.transfer.abort(turn.fetch.transfer.cancelled)
 
     def _take(self, turn: _Turn) -> None:
         fetch = turn.fetch or self._begin(turn)

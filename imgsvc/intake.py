@@ -36,6 +36,7 @@ class Intake:
         # The last checkpoint: its size and its digest.
         self._kept = (0, self._digest)
         self._held = False
+        self._mark = ""
         self.size = 0
 
     @property
@@ -62,7 +63,8 @@ class Intake:
     def begin(self, origin: Origin) -> None:
         """Forgets the bytes so far. Those that come now are of this origin, and can be gone on with."""
         self.restart()
-        self._writer.note(json.dumps({"origin": origin, "at": time.time()}))
+        self._mark = _mark(origin)
+        self._writer.note(json.dumps({"origin": origin, "mark": self._mark, "at": time.time()}))
         self._noted = time.monotonic()
 
     def restart(self) -> None:
@@ -85,13 +87,14 @@ class Intake:
         self._drop_what_is_not_known()
         self._keep()
         self._noted = time.monotonic()
+        self._mark = "" if origin is None else _mark(origin)
         return origin
 
     def checkpoint(self) -> int:
         """Notes how far this came. Returns how many bytes whoever goes on will find, which is all of them unless they
         are held back."""
         if self._noted is not None and not self._held and self.size != self._kept[0]:
-            note = {"size": self.size, "sha256": self.sha256, "at": time.time()}
+            note = {"size": self.size, "sha256": self.sha256, "mark": self._mark, "at": time.time()}
             self._writer.note(json.dumps(note))
             self._noted = time.monotonic()
             self._keep()
@@ -184,20 +187,27 @@ def look_back(notes: Iterable[str]) -> tuple[Origin, float] | None:
     return None if origin is None else (origin, moment)
 
 
+def _mark(origin: Origin) -> str:
+    """Stands for the origin in checkpoints, and tells whether a note of it is as it was made."""
+    return hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _understood(notes: Iterable[str]) -> tuple[Origin | None, Mapping[int, str], float]:
-    """The last origin, the checkpoints after it, and the Unix time of the last of all these."""
+    """The last origin, its checkpoints, and the Unix time of the last note. Checkpoints of no other origin, for a note
+    between may be lost."""
     origin: Origin | None = None
+    mark = ""
     moment = 0.0
     checkpoints: dict[int, str] = {}
     for note in notes:
         try:
             read = json.loads(note)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # what a loss of power left of it
         match read:
-            case {"origin": dict(origin)}:
-                checkpoints = {}
-            case {"size": int(size), "sha256": str(sha256)}:
+            case {"origin": dict(found), "mark": str(its)} if its == _mark(found):
+                origin, mark, checkpoints = found, its, {}
+            case {"size": int(size), "sha256": str(sha256), "mark": str(its)} if its == mark:
                 checkpoints[size] = sha256
         match read:
             case {"at": float(moment)}:

@@ -17,9 +17,6 @@ class Waiting(Protocol):
 
 T = TypeVar("T", bound=Waiting)
 
-# Seconds after which it is noticed that somebody is in a hurry.
-_LOOK = 0.25
-
 
 class Turns(Generic[T]):
     """First come, first served, of those whose moment has come. Every method may be called from any thread."""
@@ -44,13 +41,18 @@ class Turns(Generic[T]):
                 now = time.monotonic()
                 if self._waiting and self._waiting[0][0] <= now:
                     return heapq.heappop(self._waiting)[-1]
-                hurried = next((each for each in self._waiting if each[-1].in_a_hurry), None)
-                if hurried is not None:
-                    self._waiting.remove(hurried)
-                    heapq.heapify(self._waiting)
-                    return hurried[-1]
-                self._changed.wait(min(self._waiting[0][0] - now, _LOOK) if self._waiting else None)
+                self._changed.wait(self._waiting[0][0] - now if self._waiting else None)
         return None
+
+    def hurried(self) -> list[T]:
+        """Those who are in a hurry, who wait no more then."""
+        with self._changed:
+            found = [each for each in self._waiting if each[-1].in_a_hurry]
+            if found:
+                numbers = {number for _, number, _ in found}
+                self._waiting = [each for each in self._waiting if each[1] not in numbers]
+                heapq.heapify(self._waiting)
+            return [who for _, _, who in found]
 
     def close(self) -> list[T]:
         """Nobody is next any more. Returns those that still wait."""

@@ -124,13 +124,13 @@ Answers = Callable[[Exchange], Resource]
 class Source:
     """Serves resources by path from threads of its own, and keeps what was asked; a path without one is a 404."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.exchanges: list[Exchange] = []
         self.most_connections = 0
         self._connections = 0
         self._lock = threading.Lock()
         self._answers: dict[str, Answers] = {}
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self._listener = socket.create_server(("127.0.0.1", port), backlog=128)
         self._ending = threading.Event()
         self._threads: list[threading.Thread] = []
         self._acceptor = threading.Thread(target=self._accept, daemon=True)
