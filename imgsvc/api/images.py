@@ -14,6 +14,7 @@ from imgsvc.api.digest_fields import announced_digest, digest_in_hex
 from imgsvc.api.upload import Upload
 from imgsvc.errors import ImgsvcError, Incomplete, Invalid
 from imgsvc.metadata.image import Image, ImageType
+from imgsvc.service import ImageService
 
 log = structlog.get_logger()
 
@@ -37,14 +38,12 @@ class ImagesHandler(ImageAnswer):
 
     async def get(self) -> None:
         """Lists. Pages are sent as they are read, so that neither memory nor the event loop feels a long list."""
-        images = self.context.service
-        image_type = self._wanted_type()
-        pages = await self.context.records_pool.run(images.list, image_type)
-        page = await self.context.records_pool.run(_next_page, pages)
+        run = self.context.records_pool.run
+        pages, page = await run(_first_page, self.context.service, self._wanted_type())
         self.write("[")
         while page is not None:
             self.write(page)
-            page = await self.context.records_pool.run(_next_page, pages)
+            page = await run(_next_page, pages)
             if page is not None:
                 self.write(",")
                 await self.drain()
@@ -126,6 +125,12 @@ class ImageHandler(ImageAnswer):
 
     async def delete(self, image_id: str) -> None:
         self.write_image(await self.context.records_pool.run(self.context.service.delete, image_id))
+
+
+def _first_page(images: ImageService, image_type: ImageType | None) -> tuple[Iterator[Sequence[str]], bytes | None]:
+    """All pages of a list, and the first of them."""
+    pages = images.list(image_type)
+    return pages, _next_page(pages)
 
 
 def _next_page(pages: Iterator[Sequence[str]]) -> bytes | None:

@@ -260,10 +260,10 @@ class SqliteMetadataStore(Unshared):
     def _pages(self, image_type: ImageType | None) -> Iterator[Sequence[Any]]:
         """Rows ordered by id. Each page is a read of its own: one that lasted as long as a slow client takes would
         keep the log from being reused."""
-        after = ""
-        while rows := self._page(image_type, after):
+        rows = self._page(image_type, "")
+        while rows:
             yield rows
-            after = rows[-1][0]
+            rows = self._page(image_type, rows[-1][0]) if len(rows) == _PAGE else ()
 
     def _page(self, image_type: ImageType | None, after: str) -> Sequence[Any]:
         with self._translated(), self._reader() as reader:
