@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 
 from imgsvc.metadata.image import Image
 
 # Together at most 32 MiB of text, and less than 10 MiB as images usually are.
 _MOST = 8_192
 _LONGEST = 4_096
+# About 10 MiB as well.
+_MOST_PAGES = 16
+
+# What is on one page of a list, and what the next begins after.
+Page = tuple[Sequence[str], str | None]
 
 
 class Recent:
@@ -25,6 +30,8 @@ class Recent:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._documents: dict[str, str] = {}
+        self._pages: dict[Hashable, Page] = {}
+        self._pages_state = 0
         self._trusted_until = 0.0
         self._state = 0
         self._writing = False
@@ -49,6 +56,23 @@ class Recent:
             if len(self._documents) >= _MOST:
                 del self._documents[next(iter(self._documents))]
             self._documents[image.id] = document
+
+    def page(self, key: Hashable) -> Page | None:
+        """A page of a list, while no record at all has been written since it was read."""
+        with self._lock:
+            current = self._pages_state == self._state and time.monotonic() < self._trusted_until
+            return self._pages.get(key) if current else None
+
+    def keep_page(self, key: Hashable, page: Page, state: int) -> None:
+        """`page` has been read since the state was `state`. The first pages of the first list are kept."""
+        with self._lock:
+            if self._writing or state != self._state:
+                return
+            if state != self._pages_state:
+                self._pages.clear()
+                self._pages_state = state
+            if len(self._pages) < _MOST_PAGES:
+                self._pages[key] = page
 
     @contextlib.contextmanager
     def writing(self, image_id: str) -> Iterator[None]:

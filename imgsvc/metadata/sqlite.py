@@ -21,7 +21,7 @@ from imgsvc.errors import ConfigError, Conflict, Invalid, NoSpace, NotFound, Sou
 from imgsvc.metadata.ballast import BALLAST_SIZE, Ballast
 from imgsvc.metadata.documents import Documents
 from imgsvc.metadata.image import Image, ImageType, Status
-from imgsvc.metadata.recent import Recent
+from imgsvc.metadata.recent import Page, Recent
 from imgsvc.metadata.store import Entry, Member
 from imgsvc.metadata.unshared import Unshared
 
@@ -92,15 +92,22 @@ class SqliteMetadataStore(Unshared):
         return self._identity
 
     def list(self, image_type: ImageType | None = None) -> Iterator[Sequence[str]]:
-        for rows in self._pages(image_type):
-            documents = [row[1] for row in rows]
-            if not self._documents.know(documents):
-                documents = [*_readable(rows, lambda row: self._documents.checked(row[1]))]
-            yield documents
+        after: str | None = ""
+        while after is not None:
+            state = self._recent.state
+            page = self._recent.page((image_type, after))
+            if page is None:
+                page = self._read_page(image_type, after)
+                self._recent.keep_page((image_type, after), page, state)
+            documents, after = page
+            if documents:
+                yield documents
 
     def survey(self) -> Iterator[Sequence[Entry]]:
-        for rows in self._pages(None):
+        after = ""
+        while rows := self._rows(None, after):
             yield [self._entry(image) for image in _readable(rows, _image)]
+            after = rows[-1][0]
 
     def get(self, image_id: str) -> Image:
         state = self._recent.state
@@ -222,7 +229,7 @@ class SqliteMetadataStore(Unshared):
     ) -> _T:
         """Commits `change`. One that deletes or settles a record gets the ballast's room when it needs it; a new
         record or a transfer's progress does not: it would use up the room and free nothing."""
-        with self._lock, self._recent.writing(image_id), self._translated():
+        with self._lock, self._recent.writing(image_id) if image_id else contextlib.nullcontext(), self._translated():
             try:
                 result = self._commit(change)
             except sqlite3.Error as error:
@@ -257,15 +264,16 @@ class SqliteMetadataStore(Unshared):
                 self._recent.trust(now + _TRUST_SECONDS)
             self._closing.wait(_WATCH_SECONDS)
 
-    def _pages(self, image_type: ImageType | None) -> Iterator[Sequence[Any]]:
-        """Rows ordered by id. Each page is a read of its own: one that lasted as long as a slow client takes would
-        keep the log from being reused."""
-        rows = self._page(image_type, "")
-        while rows:
-            yield rows
-            rows = self._page(image_type, rows[-1][0]) if len(rows) == _PAGE else ()
+    def _read_page(self, image_type: ImageType | None, after: str) -> Page:
+        rows = self._rows(image_type, after)
+        documents = [row[1] for row in rows]
+        if not self._documents.know(documents):
+            documents = [*_readable(rows, lambda row: self._documents.checked(row[1]))]
+        return documents, rows[-1][0] if len(rows) == _PAGE else None
 
-    def _page(self, image_type: ImageType | None, after: str) -> Sequence[Any]:
+    def _rows(self, image_type: ImageType | None, after: str) -> Sequence[Any]:
+        """Of one page, ordered by id. Each page is a read of its own: one that lasted as long as a slow client takes
+        would keep the log from being reused."""
         with self._translated(), self._reader() as reader:
             if image_type is None:
                 return reader.execute(_AFTER, (after, _PAGE)).fetchall()

@@ -46,7 +46,7 @@ class MetadataStore(Protocol):
 
     def list(self, image_type: ImageType | None = None) -> Iterator[Sequence[str]]:
         """Pages of at most 1,000 documents, as `Image.to_json` writes them, ordered by id; what exists throughout is in
-        it exactly once."""
+        it exactly once. As new as what `peek` shows."""
 
     def survey(self) -> Iterator[Sequence[Entry]]:
         """As `list`, but images, with who is transferring and who holds."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc.errors import Conflict, NotFound
+from imgsvc.errors import Conflict, NotFound, Unavailable
 from imgsvc.metadata.image import Image, ImageType, new_id
 from imgsvc.metadata.recent import Recent
 from imgsvc.metadata.sqlite import SqliteMetadataStore
@@ -105,11 +105,33 @@ def test_while_nobody_can_look_at_other_processes(store: SqliteMetadataStore, fi
     assert read(store, created.id) == created
 
 
+def documents(store: SqliteMetadataStore, image_type: ImageType | None = None) -> list[str]:
+    return [document for page in store.list(image_type) for document in page]
+
+
+def test_a_list_is_as_new(store: SqliteMetadataStore, filename: Path) -> None:
+    """Who writes sees it at once, page by page and type by type, and another process is seen within a second."""
+    images = sorted((store.create(image()) for _ in range(3)), key=lambda each: each.id)
+    for size in range(3):
+        images[1] = store.update(images[1].progressed(size))
+        for _ in range(2):
+            assert documents(store) == documents(store, ImageType.KVM) == [each.to_json() for each in images]
+            assert documents(store, ImageType.CONTAINER) == []
+    store.delete(images.pop().id)
+    assert documents(store) == [each.to_json() for each in images]
+    with contextlib.closing(SqliteMetadataStore(filename, MEMBER)) as other:
+        other.delete(images.pop().id)
+        wait_for(lambda: documents(store) == [images[0].to_json()], 1, "the deletion is seen")
+
+
 def test_closed(filename: Path) -> None:
     """What is closed knows nothing."""
     with contextlib.closing(SqliteMetadataStore(filename, MEMBER)) as store:
         created = read(store, store.create(image()).id)
+        assert documents(store)
     assert store.peek(created.id) is None
+    with pytest.raises(Unavailable):
+        documents(store)
 
 
 def test_nobody_goes_back(store: SqliteMetadataStore) -> None:
@@ -183,6 +205,32 @@ class TestRecent:
         assert recent.get(old.id) is None
         recent.keep(old, recent.state)
         assert recent.get(old.id) == old.to_json()
+
+    def test_pages_that_may_be_old(self, recent: Recent) -> None:
+        """Read during a write, before one, or before another process was noticed."""
+        state = recent.state
+        with recent.writing("any"):
+            recent.keep_page("a", (["old"], None), state)
+            during = recent.state
+            recent.keep_page("a", (["old"], None), during)
+            assert recent.page("a") is None
+        for before in (state, during):
+            recent.keep_page("a", (["old"], None), before)
+            assert recent.page("a") is None
+        recent.keep_page("a", (["new"], None), recent.state)
+        assert recent.page("a") == (["new"], None)
+        recent.forget()
+        assert recent.page("a") is None
+
+    def test_pages_of_a_long_list(self, recent: Recent) -> None:
+        """The first ones are kept; after a write they make room for new ones."""
+        for round_ in range(2):
+            for number in range(30):
+                recent.keep_page(number, ([f"{round_}"], None), recent.state)
+            assert [number for number in range(30) if recent.page(number)] == list(range(16))
+            assert recent.page(0) == ([f"{round_}"], None)
+            with recent.writing("any"):
+                pass
 
     def test_its_size(self, recent: Recent) -> None:
         """The oldest go when there are too many, and what is very long is not kept at all."""
