@@ -15,6 +15,7 @@ from tests.client import Answer
 from tests.etcd_cluster import EtcdCluster
 from tests.harness import Service, wait_for
 from tests.source import Resource, Source
+from tests.tus import Tus, id_of, path_of
 
 _CLIENTS = 6
 _LARGEST = 4 << 20
@@ -36,6 +37,8 @@ class Clients:
         # Seconds that an answer took.
         self.slowest = 0.0
         self._unsure: set[str] = set()
+        # By path: what it is to have, and how far it was when it was last said.
+        self._unfinished: dict[str, tuple[bytes, int]] = {}
         self._source = source
         self._chance = chance
         self._lock = threading.Lock()
@@ -62,6 +65,27 @@ class Clients:
         """The acknowledged images which nobody has tried to delete."""
         return set(self.digests) - self.deleted - self._unsure
 
+    def finish_uploads(self, others: AbstractSet[str] = frozenset()) -> None:
+        """Those that were begun and not finished; what nobody was told of is given up. Only when nothing else is under
+        way, but for `others`."""
+        tus = Tus(self.service)
+        for path, (content, told) in self._unfinished.items():
+            at = tus.offset(path)
+            assert at >= told, f"{path} is at {at}, and was at {told}"
+            assert tus.patch(path, at, content[at:]).status == 204
+            self.digests[id_of(path)] = _digest(content)
+        self._unfinished.clear()
+        for image in self.service.images():
+            plain = image["status"] == "downloading" and not image["source"]
+            if (
+                plain
+                and image["id"] not in others
+                and (self.service.incoming() | self.service.stored()) & {image["id"]}
+            ):
+                tus.offset(f"/uploads/{image['id']}")
+                assert tus.terminate(f"/uploads/{image['id']}").status == 204
+                self.deleted.add(image["id"])
+
     def change_sources(self) -> None:
         """What was offered so far is replaced, so that a fetch which is made again without need shows."""
         for url in self.offered:
@@ -82,7 +106,7 @@ class Clients:
     def _step(self) -> Callable[[], None]:
         if len(self.kept()) > _MOST_KEPT:
             return self._delete
-        return self._chance.choice([self._upload, self._upload, self._fetch, self._delete])
+        return self._chance.choice([self._upload, self._upload, self._upload_in_pieces, self._fetch, self._delete])
 
     def _content(self) -> bytes:
         """From one byte to _LARGEST, and no size class more often than another."""
@@ -98,6 +122,32 @@ class Clients:
         if _was_done(answer, 200):
             with self._lock:
                 self.digests[answer.json()["id"]] = _digest(content)
+
+    def _upload_in_pieces(self) -> None:
+        """One piece of an upload that was begun before, maybe long before, or of a new one."""
+        with self._lock:
+            path, (content, told) = self._unfinished.popitem() if self._unfinished else ("", (self._content(), 0))
+        tus = Tus(self.service)
+        if not path:
+            created = tus.post(len(content))
+            if not _was_done(created, 201):
+                return
+            path = path_of(created)
+        try:
+            head = tus.head(path)
+            if _was_done(head, 200):
+                at = int(head.headers["Upload-Offset"])
+                assert at >= told, f"{path} is at {at}, and was at {told}"
+                told = at
+                piece = content[at : at + self._chance.choice([1000, _LARGEST // 4, _LARGEST])]
+                if _was_done(tus.patch(path, at, iter(_pieces(piece, pause=self._chance.choice([0, 0.02])))), 204):
+                    told += len(piece)
+        finally:
+            with self._lock:
+                if told < len(content):
+                    self._unfinished[path] = content, told
+                else:
+                    self.digests[id_of(path)] = _digest(content)
 
     def _fetch(self) -> None:
         content = self._content()
@@ -163,6 +213,7 @@ def assert_no_lie(clients: Clients, others: AbstractSet[str] = frozenset()) -> i
     record, and no record without its file. What nobody asked to keep is deleted; returns how many uploads had been
     interrupted. `others` are the images of other hosts."""
     service = clients.service
+    clients.finish_uploads(others)
 
     def images() -> dict[str, dict[str, Any]]:
         return {image["id"]: image for image in service.images() if image["id"] not in others}

@@ -76,6 +76,8 @@ def test_everything_fails_at_random(
         each.stop()
         each.service.wait_ready()
         assert each.slowest < SLOWEST
+    for each in clients:
+        each.finish_uploads()
     assert_no_lie_anywhere(hosts, clients)
 
 
