@@ -111,9 +111,13 @@ class Resumable:
 
     def abandon(self, now: float) -> None:
         """Gives it up when it is too long, at the Unix time `now`, since the last byte came."""
-        with self.lock:
+        if not self.lock.acquire(blocking=False):
+            return  # somebody is at it
+        try:
             if self.request is None and now >= self._expires:
                 self.transfer.abort(Gone(f"the upload was abandoned: no byte came for {self._expire:g} seconds"))
+        finally:
+            self.lock.release()
 
     @property
     def _expires(self) -> float:

@@ -6,6 +6,7 @@ becomes of those that an earlier run left, and of those that nobody goes on with
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import time
@@ -212,7 +213,8 @@ class Uploads:
             raise Unavailable("the upload is being completed")
         if self._transfers.is_known(image_id):
             raise NotFound("it comes in one request, and cannot be resumed")
-        raise Unavailable("the upload is at another host, or that host is not there")
+        owner = self._records.owner(image_id)
+        raise Unavailable(f"the upload is at another host: {owner or 'one that is not there'}")
 
     def _work(self) -> None:
         while not self._closing.is_set():
@@ -259,7 +261,8 @@ class Uploads:
             finally:
                 reader.close()
             check_digest(image, digest)
-            self._settlements.complete(image, image.expected_size, digest)
+            with contextlib.suppress(Unavailable, NoSpace):  # then its record follows
+                self._settlements.complete(image, image.expected_size, digest)
         except (Conflict, NotFound) as error:
             log.info("interrupted upload settled otherwise", image=image.id, reason=str(error))
         except (WrongDigest, Unreadable) as error:

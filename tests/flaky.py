@@ -40,6 +40,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     "delete": (LOST, UNKNOWN),
     "get": (LOST,),
     "may_own": (LOST,),
+    "owner": (LOST,),
     "page": (LOST,),
     "hold": (LOST, UNKNOWN),
     "release": (LOST, UNKNOWN),

@@ -155,6 +155,14 @@ class EtcdMetadataStore:
         owner = self._etcd.range(self._layout.owner(image_id)).items
         return not owner or self._is_mine(owner[0])
 
+    def owner(self, image_id: str) -> str:
+        self.get(image_id)
+        owner = self._etcd.range(self._layout.owner(image_id)).items
+        if not owner or self._is_mine(owner[0]):
+            return ""
+        live = self._etcd.range(self._layout.member(owner[0].text)).items
+        return _named(owner[0].text, _read_note(live[0]) if live else {})
+
     def delete(self, image_id: str) -> Image:
         try:
             image, item = self._find(image_id)
@@ -192,7 +200,7 @@ class EtcdMetadataStore:
                 for item in self._scan(live)
                 if (member := item.key.removeprefix(live)) in others
             )
-        return [f"{member} at {note.get('url', 'an unknown address')}" for member, note in others.items()]
+        return [_named(member, note) for member, note in others.items()]
 
     def follow_deletions(self, deleted: Callable[[str], None], gap: Callable[[], None]) -> None:
         """A compaction of etcd since the last deletion makes for a gap."""
@@ -393,6 +401,10 @@ def _read_note(item: KeyValue) -> dict[str, str]:
     except ValueError:
         return {}
     return {key: value for key, value in note.items() if isinstance(value, str)} if isinstance(note, dict) else {}
+
+
+def _named(member: str, note: dict[str, str]) -> str:
+    return f"{member} at {note.get('url', 'an unknown address')}"
 
 
 def _pages(images: Iterable[_T]) -> Iterator[Sequence[_T]]:

@@ -21,6 +21,10 @@ class Unshared:
         self.get(image_id)
         return True
 
+    def owner(self, image_id: str) -> str:
+        self.get(image_id)
+        return ""
+
     def hold(self, image_id: str) -> None:
         self.get(image_id)
 

@@ -29,8 +29,14 @@ __all__ = ["small_disk"]
 
 
 @pytest.fixture
-def tus(start_service: StartService, records: Settings) -> Tus:
+def tus(start_service: StartService) -> Tus:
     """With a service of the test's own."""
+    return Tus(start_service())
+
+
+@pytest.fixture
+def anywhere(start_service: StartService, records: Settings) -> Tus:
+    """The same, once with each metadata store."""
     return Tus(start_service(**records))
 
 
@@ -51,23 +57,23 @@ def beyond(tus: Tus, path: str, offset: int) -> bool:
     return tus.offset(path) > offset
 
 
-def test_killed_between_requests(tus: Tus) -> None:
+def test_killed_between_requests(anywhere: Tus) -> None:
     """The offset is the one that was answered last, to the byte, after each of several kills."""
-    path = tus.create(len(CONTENT), comment="of a test", sha256=hashlib.sha256(CONTENT).hexdigest())
-    given = tus.head(path).headers["Upload-Metadata"]
+    path = anywhere.create(len(CONTENT), comment="of a test", sha256=hashlib.sha256(CONTENT).hexdigest())
+    given = anywhere.head(path).headers["Upload-Metadata"]
     at = 0
-    for size in (0, 1, MIB, 2 * MIB + 1):
-        tus.bring(path, at, CONTENT[at : at + size])
+    for size in (0, 1, 2 * MIB + 1):
+        anywhere.bring(path, at, CONTENT[at : at + size])
         at += size
-        restarted(tus)
-        assert tus.offset(path) == at
-        assert tus.head(path).headers["Upload-Metadata"] == given
-        image = tus.service.image(id_of(path))
+        restarted(anywhere)
+        assert anywhere.offset(path) == at
+        assert anywhere.head(path).headers["Upload-Metadata"] == given
+        image = anywhere.service.image(id_of(path))
         assert (image["status"], image["size"], image["comment"]) == ("downloading", at, "of a test")
-    tus.bring(path, at, CONTENT[at:])
-    assert_whole(tus, path, CONTENT)
-    restarted(tus)
-    assert_whole(tus, path, CONTENT)
+    anywhere.bring(path, at, CONTENT[at:])
+    assert_whole(anywhere, path, CONTENT)
+    restarted(anywhere)
+    assert_whole(anywhere, path, CONTENT)
 
 
 def test_killed_in_a_request(tus: Tus) -> None:
@@ -75,7 +81,7 @@ def test_killed_in_a_request(tus: Tus) -> None:
     path = tus.create(len(CONTENT))
     at = 0
     chance = random.Random(7)
-    for _ in range(3):
+    for _ in range(2):
         with Connection(tus.service.port) as connection:
             tus.begin(connection, path, at, len(CONTENT) - at)
             connection.send(CONTENT[at : at + MIB + chance.randrange(MIB // 2)])
@@ -105,9 +111,9 @@ def test_killed_in_a_request_with_a_checksum(tus: Tus) -> None:
     assert_whole(tus, path, CONTENT)
 
 
-def test_stopped_in_a_request(start_service: StartService, records: Settings) -> None:
+def test_stopped_in_a_request(start_service: StartService) -> None:
     """The request gets shutdownTimeout to end, and then 503; the upload goes on at the next start."""
-    service = start_service(**records, shutdown_timeout=1)
+    service = start_service(shutdown_timeout=1)
     tus = Tus(service)
     path, idle = tus.create(len(CONTENT)), tus.create(5)
     tus.bring(idle, 0, b"12")
@@ -130,26 +136,26 @@ def test_stopped_in_a_request(start_service: StartService, records: Settings) ->
 
 
 @pytest.mark.parametrize("wanted", ["", "right", "wrong"])
-def test_killed_before_the_record_is_complete(tus: Tus, wanted: str) -> None:
+def test_killed_before_the_record_is_complete(anywhere: Tus, wanted: str) -> None:
     """All bytes are under their name, and no answer was sent: they are verified, and the image is complete, unless the
     digest is not the one that was announced."""
     digests = {"right": hashlib.sha256(CONTENT).hexdigest(), "wrong": "ab" * 32}
-    path = tus.create(len(CONTENT), **({"sha256": digests[wanted]} if wanted else {}))
-    tus.bring(path, 0, CONTENT[:-1])
-    tus.service.kill()
-    with bytes_of(tus, path).open("ab") as file:
+    path = anywhere.create(len(CONTENT), **({"sha256": digests[wanted]} if wanted else {}))
+    anywhere.bring(path, 0, CONTENT[:-1])
+    anywhere.service.kill()
+    with bytes_of(anywhere, path).open("ab") as file:
         file.write(CONTENT[-1:])
-    bytes_of(tus, path).rename(tus.service.images_dir / id_of(path))
-    tus.service.start()
-    image = tus.service.wait_status(id_of(path), "complete", "error")
+    bytes_of(anywhere, path).rename(anywhere.service.images_dir / id_of(path))
+    anywhere.service.start()
+    image = anywhere.service.wait_status(id_of(path), "complete", "error")
     if wanted == "wrong":
         assert (image["status"], image["size"]) == ("error", 0)
         assert digests[wanted] in image["error"]
-        assert tus.service.stored() == tus.service.incoming() == set()
-        assert tus.head(path).status == 410
+        assert anywhere.service.stored() == anywhere.service.incoming() == set()
+        assert anywhere.head(path).status == 410
     else:
-        assert_whole(tus, path, CONTENT)
-        assert tus.service.incoming() == set()
+        assert_whole(anywhere, path, CONTENT)
+        assert anywhere.service.incoming() == set()
 
 
 def test_what_the_disk_lost(tus: Tus) -> None:
@@ -206,14 +212,16 @@ def test_a_restart_while_bytes_are_verified(start_service: StartService) -> None
 def leave_zeros(tus: Tus, path: str, size: int, sha256: str) -> None:
     """As if so many had come; they are a hole in the file."""
     os.truncate(bytes_of(tus, path), size)
-    with notes_of(tus, path).open("a") as notes:
-        notes.write(json.dumps({"size": size, "sha256": sha256, "at": time.time()}) + "\n")
+    with notes_of(tus, path).open("r+") as notes:
+        mark = json.loads(notes.readline())["mark"]
+        notes.seek(0, os.SEEK_END)
+        notes.write(json.dumps({"size": size, "sha256": sha256, "mark": mark, "at": time.time()}) + "\n")
 
 
 class TestFullDisk:
-    def test_it_can_go_on(self, small_disk: Path, start_service: StartService, records: Settings) -> None:
+    def test_it_can_go_on(self, small_disk: Path, start_service: StartService) -> None:
         """What does not fit is 507; what came is kept, and goes on when there is room, be it after a kill."""
-        tus = Tus(start_service(small_disk / "data", **records))
+        tus = Tus(start_service(small_disk / "data"))
         content = os.urandom(20 * MIB)
         path = tus.create(len(content))
         with Connection(tus.service.port) as connection:
@@ -277,7 +285,10 @@ class TestHosts:
         path, doomed = one.create(5), one.create(5)
         for each in (path, doomed):
             one.bring(each, 0, b"12")
-            assert other.head(each).status == other.patch(each, 2, b"345").status == 503
+            assert other.head(each).status == 503
+            refused = other.patch(each, 2, b"345")
+            assert (refused.status, refused.headers["Retry-After"]) == (503, "1")
+            assert f"http://127.0.0.1:{one.service.port}" in refused.message
         assert other.terminate(doomed).status == 204
         wait_for(lambda: id_of(doomed) not in one.service.incoming(), 6, "its bytes are gone")
         assert one.head(doomed).status == 404
