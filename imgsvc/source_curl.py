@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable
 from ipaddress import IPv6Address, ip_address
@@ -23,8 +24,6 @@ _OK = 200
 # that returns anything but 0.
 _ABORT = -1
 _LOOPBACK = {4: "127.0.0.1", 6: "::1"}
-# Not to wait for the look-up of a name when a request ends: pycurl has no name for CURLOPT_QUICK_EXIT.
-_QUICK_EXIT = 322
 # Bytes that curl may hand over at once; less where they have to wait for a limit, so that nothing waits long for it.
 _MOST_AT_ONCE = 128 * 1024
 _LEAST_AT_ONCE = 16 * 1024
@@ -65,6 +64,8 @@ class Request:
         self.url = url
         self.part = part
         self.answer = Answer()
+        # Whether an address of the source is known.
+        self.found = False
         self.begun = self.has_answer = False
         self.body = 0
         self.heard = time.monotonic()
@@ -128,7 +129,6 @@ class Request:
         set_option(pycurl.CONNECTTIMEOUT_MS, round(self._settings.connect_timeout * 1000))
         set_option(pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_1_1)
         set_option(pycurl.BUFFERSIZE, _at_once(self._settings.max_bytes_per_second))
-        set_option(_QUICK_EXIT, 1)
         fields = [] if self.part is None else self.part.fields
         if self.may_go_on:
             set_option(pycurl.IGNORE_CONTENT_LENGTH, 1)
@@ -156,6 +156,7 @@ class Request:
 
     def _open_socket(self, _purpose: int, address: tuple[int, int, int, tuple[str, int]]) -> socket.socket | int:
         """Looks at each address that curl is about to connect to, whatever name or spelling led to it."""
+        self.found = True
         family, kind, protocol, name = address
         ip = ip_address(name[0].partition("%")[0])
         if isinstance(ip, IPv6Address) and ip.ipv4_mapped is not None:
@@ -240,8 +241,16 @@ class Requests:
         return self._ended()
 
     def close(self) -> None:
+        looked_up = all(request.found for request in self._requests.values())
         for request in list(self._requests.values()):
             self.end(request)
+        if looked_up:
+            self._let_go()
+        else:
+            # curl waits for the look-up of a name, which takes ten seconds when nobody answers.
+            threading.Thread(target=self._let_go, name="fetch-name", daemon=True).start()
+
+    def _let_go(self) -> None:
         self._multi.close()
         self._poll.close()
 
