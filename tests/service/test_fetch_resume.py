@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import random
 import socket
 import time
@@ -20,6 +22,8 @@ from tests.source import Exchange, Resource, Source
 MIB = 1 << 20
 BODY = random.Random(3).randbytes(6 * MIB + 321)
 ETAG = '"one"'
+# Takes longer to be hashed than anybody has to wait for it; there is nothing in it.
+LARGE = 16 << 30
 GOOD = Resource(BODY, etag=ETAG)
 LONG = {"Retry-After": "600"}
 
@@ -256,6 +260,32 @@ class TestRestarts:
         damage(partial, partial.with_name(f"{partial.name}.notes"))
         service.start()
         assert_whole(service, image)
+
+    @pytest.mark.parametrize("deleted", [True, False])
+    def test_while_it_is_hashed_again(self, start_service: StartService, source: Source, *, deleted: bool) -> None:
+        """What is there may be much: who is told to stop meanwhile does so within two seconds."""
+        service = start_service()
+        image = stopped_halfway(service, source)
+        partial = service.images_dir / ".incoming" / image["id"]
+        notes = partial.with_name(f"{partial.name}.notes")
+        last = json.loads(notes.read_text().splitlines()[-1])
+        with notes.open("a") as file:
+            file.write(json.dumps(last | {"size": LARGE}) + "\n")
+        os.truncate(partial, LARGE)
+        service.start()
+        time.sleep(0.5)
+        assert len(source.exchanges) == 1
+        assert service.image(image["id"])["status"] == "pending"
+        began = time.monotonic()
+        if deleted:
+            service.delete(image["id"])
+            wait_for(lambda: service.incoming() == set(), 2, "nothing is left of it")
+        else:
+            service.terminate()
+            assert time.monotonic() - began < 2.0
+            os.truncate(partial, 5 * MIB)
+            service.start()
+            assert_whole(service, image)
 
 
 def stopped_halfway(service: Service, source: Source) -> dict[str, Any]:
