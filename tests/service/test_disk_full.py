@@ -166,3 +166,18 @@ def test_a_start_on_a_full_disk(small_disk: Path, start_service: StartService, r
     assert {image["status"] for image in service.images()} == {"complete", "error"}
     assert service.delete(good["id"]).status == 200
     assert service.upload(bytes(4 * MIB))["status"] == "complete"
+
+
+def test_a_fetch_over_several_connections(small_disk: Path, start_service: StartService, source: Source) -> None:
+    """Another program fills the disk meanwhile: the fetch ends, and all that waited to be written is let go of."""
+    service = start_service(small_disk / "data", fetch_split_size=MIB, fetch_retries=3)
+    before = free(service)
+    url = source.serve("/image", Resource(os.urandom(24 * MIB), etag='"one"', rate=4.0 * MIB))
+    image = service.fetch(url)["id"]
+    source.wait_asked("/image", count=3)
+    fill(small_disk / "other")
+    ended = service.wait_status(image, "error")
+    assert "space" in ended["error"]
+    (small_disk / "other").unlink()
+    assert_unharmed(service, before)
+    assert len(source.exchanges) < 9
