@@ -39,8 +39,10 @@ from imgsvc.transfer import Transfer, check_digest
 from imgsvc.transfers import Transfers
 from imgsvc.whole import digest_of
 
-# Seconds between two looks at what has expired, and between two tries of what a store could not do.
+# Seconds between two looks at what has expired.
 _INTERVAL = 0.5
+# Seconds before a store that did not answer is asked again.
+_RETRY_INTERVAL = 2.0
 # What the notes of such an upload say of its bytes; those of fetches say something else.
 _KIND = "resumable upload"
 
@@ -233,7 +235,7 @@ class Uploads:
         except (Unavailable, NoSpace) as error:
             log.warning("verification waits", reason=str(error))
             self._to_verify.append(job)
-            self._closing.wait(_INTERVAL)
+            self._closing.wait(_RETRY_INTERVAL)
         except Exception:  # the others are to be verified all the same
             log.exception("upload not verified")
 

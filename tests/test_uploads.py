@@ -176,7 +176,7 @@ def start_faults() -> Iterator[object]:
 @pytest.mark.parametrize(("step", "fault"), list(start_faults()))
 def test_each_step_of_a_start_may_fail(disk: Place, monkeypatch: pytest.MonkeyPatch, step: int, fault: Fault) -> None:
     """It is taken again until it works; only a disk that does not give back what it has ends the upload."""
-    monkeypatch.setattr(uploads_module, "_INTERVAL", 0.01)
+    monkeypatch.setattr(uploads_module, "_RETRY_INTERVAL", 0.01)
     client = begun(disk)
     rooms = client.rooms = disk.open()
     rooms.faults.plan = lambda number, _call: fault if number == step else None
@@ -210,6 +210,48 @@ def test_each_step_of_a_start_may_be_the_last(disk: Place, step: int, call: str)
     after = client.rooms = disk.open()
     after.maintenance.start_sweep()
     after.verify_uploads()
+    client.run()
+    check(after, client)
+
+
+def test_deleted_while_it_is_verified(disk: Place) -> None:
+    """It is gone at once, and nothing is left of it."""
+    client = begun(disk)
+    rooms = disk.open()
+    rooms.maintenance.start_sweep()
+    with pytest.raises(Unavailable, match="verified"):
+        rooms.uploads.look(client.id)
+    found: list[str] = []
+
+    def plan(_number: int, call: str) -> None:
+        if call == "read":
+            rooms.faults.heal()
+            rooms.service.delete(client.id)
+            try:
+                rooms.uploads.look(client.id)
+            except ImgsvcError as error:
+                found.append(type(error).__name__)
+
+    rooms.faults.plan = plan
+    rooms.uploads._take(rooms.uploads._to_verify.popleft())
+    assert found == ["NotFound"]
+    assert rooms.listed() == {}
+    rooms.check_settled()
+
+
+def test_stopped_while_it_is_verified(disk: Place) -> None:
+    """Nothing of it is lost; the next start verifies it anew."""
+    client = begun(disk)
+    rooms = disk.open()
+    rooms.maintenance.start_sweep()
+    rooms.uploads._closing.set()
+    rooms.uploads._take(rooms.uploads._to_verify.popleft())
+    rooms.uploads.close()
+    assert rooms.base.get(client.id).status is Status.DOWNLOADING
+    after = client.rooms = disk.open()
+    after.maintenance.start_sweep()
+    after.verify_uploads()
+    assert after.uploads.look(client.id).offset == PART
     client.run()
     check(after, client)
 
