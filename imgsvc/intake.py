@@ -119,6 +119,7 @@ class Intake:
             self.checkpoint()
         if self.size != self._kept[0]:
             self._forget_since_checkpoint()
+        if self._noted is not None:  # else nothing is known yet of what is there
             with contextlib.suppress(Exception):  # then with the next block
                 self._drop_what_is_not_known()
         self._held = False

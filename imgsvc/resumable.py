@@ -83,16 +83,20 @@ class Resumable:
             there = self.transfer.checkpoint()
             if offset != there:
                 raise Conflict(f"the upload is at offset {there}")
-            if self.request is None:
-                self.transfer.go_on(self._open_writer)
-            else:
+            if self.request is not None:
                 # It is at the very byte at which the newcomer begins, so it brings nothing: its connection is dead, and
                 # we have not been told, or the two of them compete.
                 self.request.supersede()
-                self.transfer.go_back()
+                self.request = None
+                self.transfer.pause()
+            self.transfer.go_on(self._open_writer)
+            try:
+                if checksum is not None:
+                    self.transfer.hold()
+            except BaseException:
+                self.transfer.pause()
+                raise
             self.request = Request(self, checksum)
-            if checksum is not None:
-                self.transfer.hold()
             return self.request
 
     def verify(self, origin: Origin, look: Callable[[], None]) -> None:

@@ -145,10 +145,10 @@ def test_each_step_may_be_the_last(disk: Place, step: int, call: str, applied: b
 
 
 def begun(place: Place) -> Client:
-    """One that was interrupted in its second request, by a kill."""
+    """One that was interrupted in its third request, by a kill."""
     rooms = opened(place)
     client = Client(rooms)
-    rooms.faults.plan = lambda _number, _call: Fault(Killed()) if client.told else None
+    rooms.faults.plan = lambda _number, _call: Fault(Killed()) if client.told > PART else None
     with pytest.raises(Killed):
         client.run()
     rooms.let_go()
@@ -244,14 +244,20 @@ def test_stopped_while_it_is_verified(disk: Place) -> None:
     client = begun(disk)
     rooms = disk.open()
     rooms.maintenance.start_sweep()
-    rooms.uploads._closing.set()
+    blocks = iter(range(2))
+
+    def plan(_number: int, call: str) -> None:
+        if call == "read" and next(blocks, None) == 1:
+            rooms.uploads._closing.set()
+
+    rooms.faults.plan = plan
     rooms.uploads._take(rooms.uploads._to_verify.popleft())
     rooms.uploads.close()
     assert rooms.base.get(client.id).status is Status.DOWNLOADING
     after = client.rooms = disk.open()
     after.maintenance.start_sweep()
     after.verify_uploads()
-    assert after.uploads.look(client.id).offset == PART
+    assert after.uploads.look(client.id).offset == 2 * PART
     client.run()
     check(after, client)
 
@@ -276,6 +282,21 @@ class TestPaused:
         assert transfer.missing == len(BODY) - PART
         request.abort(LEFT)
         assert transfer.missing == 0
+
+    def test_it_expires(self, rooms: Rooms) -> None:
+        """So long after its last byte, and not while a request is under way."""
+        client = paused(rooms)
+        upload = rooms.uploads._uploads[client.id]
+        upload.touched -= 50
+        request = rooms.uploads.go_on(client.id, PART, UNKNOWN_SIZE)
+        upload.abandon(time.time() + 3600)
+        request.feed(b"more")
+        request.abort(LEFT)
+        upload.abandon(time.time() + 55)
+        assert not upload.transfer.over
+        upload.abandon(time.time() + 61)
+        assert rooms.base.get(client.id).status is Status.ERROR
+        rooms.check_settled()
 
     def test_it_is_deleted(self, rooms: Rooms) -> None:
         """Nobody has to notice."""

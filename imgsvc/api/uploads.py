@@ -27,6 +27,7 @@ class TusHandler(BaseHandler):
         super().set_default_headers()
         self.set_header("Tus-Resumable", tus.VERSION)
         self.set_header("Tus-Version", tus.VERSION)
+        self.set_header("Cache-Control", "no-store")
         if self.location:
             self.set_header("Location", self.location)
 
@@ -156,7 +157,6 @@ class UploadHandler(TusHandler):
 
     async def head(self, image_id: str) -> None:
         """How far it is."""
-        self.set_header("Cache-Control", "no-store")
         progress = await self.context.records_pool.run(self.context.uploads.look, image_id)
         self.clear_header("Content-Type")
         self.say_progress(progress)

@@ -144,7 +144,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("path", [UNKNOWN, "/uploads/none", "/uploads/..%2f..%2fetc"])
     def test_no_such_upload(self, tus: Tus, path: str) -> None:
-        assert tus.head(path).status == 404
+        assert (tus.head(path).status, tus.head(path).headers["Cache-Control"]) == (404, "no-store")
         assert "Upload-Offset" not in tus.head(path).headers
         assert tus.patch(path, 0, b"bytes").status == 404
         assert tus.terminate(path).status == 404
