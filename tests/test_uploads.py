@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from imgsvc import resumable as resumable_module
 from imgsvc import uploads as uploads_module
 from imgsvc.errors import Conflict, Gone, ImgsvcError, Incomplete, Locked, NoSpace, NotFound, Unavailable, WrongChecksum
 from imgsvc.metadata.image import UNKNOWN_SIZE, ImageType, Status
@@ -388,8 +389,10 @@ class TestOneAtATime:
         second.complete()
         check(rooms, client)
 
-    def test_while_one_is_being_finished(self, rooms: Rooms) -> None:
-        """Others are told to come again, and do not wait for long."""
+    def test_while_one_is_being_finished(self, rooms: Rooms, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Others are told to come again, and do not wait for long (here: 0.2 seconds)."""
+        assert resumable_module._PATIENCE == 2.0
+        monkeypatch.setattr(resumable_module, "_PATIENCE", 0.2)
         client = paused(rooms)
         request = rooms.uploads.go_on(client.id, PART, UNKNOWN_SIZE)
         request.feed(BODY[PART:])

@@ -136,26 +136,26 @@ def test_stopped_in_a_request(start_service: StartService) -> None:
 
 
 @pytest.mark.parametrize("wanted", ["", "right", "wrong"])
-def test_killed_before_the_record_is_complete(anywhere: Tus, wanted: str) -> None:
+def test_killed_before_the_record_is_complete(tus: Tus, wanted: str) -> None:
     """All bytes are under their name, and no answer was sent: they are verified, and the image is complete, unless the
     digest is not the one that was announced."""
     digests = {"right": hashlib.sha256(CONTENT).hexdigest(), "wrong": "ab" * 32}
-    path = anywhere.create(len(CONTENT), **({"sha256": digests[wanted]} if wanted else {}))
-    anywhere.bring(path, 0, CONTENT[:-1])
-    anywhere.service.kill()
-    with bytes_of(anywhere, path).open("ab") as file:
+    path = tus.create(len(CONTENT), **({"sha256": digests[wanted]} if wanted else {}))
+    tus.bring(path, 0, CONTENT[:-1])
+    tus.service.kill()
+    with bytes_of(tus, path).open("ab") as file:
         file.write(CONTENT[-1:])
-    bytes_of(anywhere, path).rename(anywhere.service.images_dir / id_of(path))
-    anywhere.service.start()
-    image = anywhere.service.wait_status(id_of(path), "complete", "error")
+    bytes_of(tus, path).rename(tus.service.images_dir / id_of(path))
+    tus.service.start()
+    image = tus.service.wait_status(id_of(path), "complete", "error")
     if wanted == "wrong":
         assert (image["status"], image["size"]) == ("error", 0)
         assert digests[wanted] in image["error"]
-        assert anywhere.service.stored() == anywhere.service.incoming() == set()
-        assert anywhere.head(path).status == 410
+        assert tus.service.stored() == tus.service.incoming() == set()
+        assert tus.head(path).status == 410
     else:
-        assert_whole(anywhere, path, CONTENT)
-        assert anywhere.service.incoming() == set()
+        assert_whole(tus, path, CONTENT)
+        assert tus.service.incoming() == set()
 
 
 def test_what_the_disk_lost(tus: Tus) -> None:
