@@ -7,11 +7,12 @@ import ctypes
 # glibc's mallopt(3).
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
-_KEPT = 64 * 1024 * 1024
+_M_ARENA_MAX = -8
+_MIB = 1024 * 1024
 
 
 def keep_memory() -> None:
-    """Has freed memory, some MiB of it, kept for the next use.
+    """Has freed memory kept for the next use, at most 32 MiB of it.
 
     What is read from the network comes in pieces of more than 128 KiB, for each of which glibc would ask the kernel
     anew: hundreds of thousands of page faults a GiB, and most of the system's time on a virtual machine whose host takes
@@ -19,6 +20,7 @@ def keep_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        # A threshold that is set is no longer adapted, so both are.
-        mallopt(_M_MMAP_THRESHOLD, _KEPT // 2)
-        mallopt(_M_TRIM_THRESHOLD, _KEPT)
+        # A threshold that is set is no longer adapted, so both are. What is kept is kept in each of the arenas.
+        mallopt(_M_MMAP_THRESHOLD, 4 * _MIB)
+        mallopt(_M_TRIM_THRESHOLD, 8 * _MIB)
+        mallopt(_M_ARENA_MAX, 4)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
 
 import structlog
 
 from imgsvc.blocks import Blocks
-from imgsvc.errors import FetchFailed, Interrupted
+from imgsvc.errors import FetchFailed, Interrupted, Unavailable
+from imgsvc.images.store import ImageWriter
 from imgsvc.intake import Origin
 from imgsvc.settings import FetchSettings
 from imgsvc.source import Source
@@ -34,14 +36,24 @@ class Fetch:
     """For one thread at a time. The image is claimed, and its `transfer` was begun."""
 
     def __init__(
-        self, transfer: Transfer, transfers: Transfers, settings: FetchSettings, *, throttle: Throttle, disk: Executor
+        self,
+        transfer: Transfer,
+        transfers: Transfers,
+        settings: FetchSettings,
+        *,
+        throttle: Throttle,
+        disk: Executor,
+        reopen: Callable[[], ImageWriter],
     ) -> None:
-        """Blocks go to the transfer in a thread of `disk`, so that the source is read meanwhile."""
+        """Blocks go to the transfer in a thread of `disk`, so that the source is read meanwhile. `reopen` gives another
+        writer that keeps what is there."""
         self.transfer = transfer
+        self._reopen = reopen
         self._settings = settings
         self._sink = _Sink(transfer, transfers, throttle, disk)
         self._source: Source | None = None
-        # How far it ever came, and the retries since.
+        # How far it ever came, be it of another version, and the retries since: a source that has a new version for each
+        # try would never end.
         self._furthest = 0
         self._retries = 0
 
@@ -53,14 +65,26 @@ class Fetch:
         what the transfer raises.
         """
         try:
+            self._go_on()
             source = self._source = self._source or self._found()
             source.read(self.transfer.size)
         except Interrupted as error:
             self._sink.flush()
-            return self._wait_after(error)
+            wait = self._wait_after(error)
+            # It may be one of many that wait long, and keeps neither its file open nor its buffers.
+            self.transfer.pause()
+            return wait
         self._sink.flush()
         self.transfer.finish()
         return None
+
+    def _go_on(self) -> None:
+        """Raises Interrupted when it cannot be now."""
+        if self.transfer.paused:
+            try:
+                self.transfer.go_on(self._reopen)
+            except Unavailable as error:
+                raise Interrupted(str(error)) from error
 
     def _found(self) -> Source:
         """The source, as far as an earlier run of the service came with it."""
@@ -127,9 +151,10 @@ class _Sink:
             self._write()
 
     def flush(self) -> None:
-        """All that was delivered is on its way to the disk when this returns, unless it raises what the transfer did."""
+        """All that was delivered has gone to the transfer when this returns, unless it raises what the transfer did."""
         while self._write():
             pass
+        self._blocks = Blocks(self._transfer.size)
 
     def _write(self) -> bool:
         """The next block, as soon as the disk has taken the one before; False when there was none."""

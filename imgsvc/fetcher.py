@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -97,7 +98,13 @@ class Fetcher:
             for turn in self._turns.hurried():
                 if turn.fetch is not None and turn.fetch.transfer.cancelled is not None:
                     with structlog.contextvars.bound_contextvars(image=turn.image_id):
-                        turn.fetch.transfer.abort(turn.fetch.transfer.cancelled)
+                        self._abort(turn.fetch, turn.fetch.transfer.cancelled)
+
+    def _abort(self, fetch: Fetch, reason: ImgsvcError) -> None:
+        try:
+            fetch.transfer.abort(reason)
+        except Exception:  # the others are to be ended all the same
+            log.exception("fetch not ended")
 
     def _take(self, turn: _Turn) -> None:
         fetch = turn.fetch or self._begin(turn)
@@ -133,7 +140,14 @@ class Fetcher:
         except ImgsvcError as error:
             self._settlements.fail(image, error)
             return None
-        return Fetch(transfer, self._transfers, self._settings, throttle=self._throttle, disk=self._disk)
+        return Fetch(
+            transfer,
+            self._transfers,
+            self._settings,
+            throttle=self._throttle,
+            disk=self._disk,
+            reopen=functools.partial(self._images.writer, image.id, keep=True),
+        )
 
     def _record(self, turn: _Turn) -> Image | None:
         """The record, now that its turn has come; None when the image need not be fetched any more."""

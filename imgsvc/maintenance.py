@@ -117,6 +117,8 @@ class Maintenance:
         if image.id in stored:
             size = self._images.size(image.id)
             if size != image.size:
+                with contextlib.suppress(NoSpace):  # for the directory that it goes to; then it stays
+                    self._images.quarantine(image.id)
                 self._lost(image, f"its file has {size} bytes, and the image {image.size}")
                 return
             if image.sha256 and not entry.here:

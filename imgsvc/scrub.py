@@ -13,7 +13,7 @@ from enum import Enum, auto
 import structlog
 
 from imgsvc.errors import Conflict, ImgsvcError, NoSpace, NotFound, Stopping, Unavailable, Unreadable
-from imgsvc.images.store import ImageStore
+from imgsvc.images.store import ImageReader, ImageStore
 from imgsvc.metadata.image import Image, Status
 from imgsvc.metadata.store import Entry, MetadataStore
 from imgsvc.whole import Pace, digest_of
@@ -49,9 +49,11 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class _Fault:
-    """`certain` when it is the image's own, and not perhaps that of the whole disk."""
+    """What `reader` has shown, None where there is no file. `certain` when it is the image's own, and not perhaps that
+    of the whole disk."""
 
     reason: str
+    reader: ImageReader | None = None
     certain: bool = True
 
 
@@ -105,40 +107,46 @@ class Scrub:
             return Finding(image_id, Outcome.LEFT, reason="it is not complete any more")
         if not image.sha256:
             return Finding(image_id, Outcome.LEFT, reason="it has no digest yet")
-        try:
-            fault = self._fault(image)
-        except Unavailable as error:
-            log.error("image not scrubbed", image=image_id, reason=str(error))
-            return Finding(image_id, Outcome.UNREAD, reason=str(error))
-        if fault is None:
-            return Finding(image_id, Outcome.MATCHES, image.size)
-        self._require_unchanged(image)
-        return self._set_aside(image, fault)
+        with contextlib.ExitStack() as opened:
+            try:
+                fault = self._fault(image, opened)
+            except Unavailable as error:
+                log.error("image not scrubbed", image=image_id, reason=str(error))
+                return Finding(image_id, Outcome.UNREAD, reason=str(error))
+            if fault is None:
+                return Finding(image_id, Outcome.MATCHES, image.size)
+            self._require_unchanged(image)
+            return self._set_aside(image, fault)
 
-    def _fault(self, image: Image) -> _Fault | None:
-        """None when the bytes are the image's. Raises Unavailable when that cannot be found out now, and Conflict or
-        NotFound when the record has changed."""
+    def _fault(self, image: Image, opened: contextlib.ExitStack) -> _Fault | None:
+        """None when the bytes are the image's. What was read stays open: it alone may be set aside. Raises Unavailable
+        when that cannot be found out now, and Conflict or NotFound when the record has changed."""
         try:
-            return self._difference(image)
+            return self._looked_at(image, opened)
         except Unavailable as error:
             log.warning("image is read again", image=image.id, reason=str(error))
         self._wait(_READ_AGAIN)
-        try:
-            return self._difference(image)
-        except Unreadable as error:
-            return _Fault(str(error), certain=False)
+        return self._looked_at(image, opened, again=True)
 
-    def _difference(self, image: Image) -> _Fault | None:
+    def _looked_at(self, image: Image, opened: contextlib.ExitStack, *, again: bool = False) -> _Fault | None:
         try:
-            reader = self._images.open(image.id)
+            reader = opened.enter_context(contextlib.closing(self._images.open(image.id)))
         except NotFound:
             return _Fault("its file is missing")
-        with contextlib.closing(reader):
-            if reader.size != image.size:
-                return _Fault(f"its file has {reader.size} bytes, and the image {image.size}")
-            self._look_at = time.monotonic() + _LOOK_INTERVAL
-            sha256 = digest_of(reader, functools.partial(self._between, image))
-        return None if sha256 == image.sha256 else _Fault(f"its sha256 is {sha256}, and should be {image.sha256}")
+        try:
+            difference = self._difference(image, reader)
+        except Unreadable as error:
+            if not again:
+                raise
+            return _Fault(str(error), reader, certain=False)
+        return None if difference is None else _Fault(difference, reader)
+
+    def _difference(self, image: Image, reader: ImageReader) -> str | None:
+        if reader.size != image.size:
+            return f"its file has {reader.size} bytes, and the image {image.size}"
+        self._look_at = time.monotonic() + _LOOK_INTERVAL
+        sha256 = digest_of(reader, functools.partial(self._between, image))
+        return None if sha256 == image.sha256 else f"its sha256 is {sha256}, and should be {image.sha256}"
 
     def _between(self, image: Image, count: int) -> None:
         """Between two blocks: as long as the pace wants, but not longer than anybody wants the image."""
@@ -166,10 +174,15 @@ class Scrub:
         """
         where = "its bytes are in quarantine"
         try:
-            self._images.quarantine(image.id)
+            if fault.reader is not None:
+                self._images.quarantine(image.id, fault.reader)
+            elif image.id not in self._images.quarantined():
+                where = "there are no bytes to keep"
         except NotFound:
             if image.id not in self._images.quarantined():
                 where = "there are no bytes to keep"
+        except Conflict:
+            raise  # another scrub found the same, and the image was fetched again since
         except ImgsvcError as error:
             if not fault.certain:
                 # A disk that takes no change either may be gone for a while, and all its images with it.

@@ -75,7 +75,7 @@ class FetchSettings:
         "fetch.stallTimeout",
         seconds(1, _DAY),
         60.0,
-        "Seconds without a byte after which a fetch fails, as its source has hung.",
+        "Seconds without a byte after which a fetch tries again, as its source has hung.",
     )
     retries: int = _setting(
         "fetch.retries",

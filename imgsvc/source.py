@@ -143,7 +143,7 @@ class _Reading:
                 self._ended(request, code, message)
             self._hand_on()
             self._ask_for_pieces()
-            self._sink.tick()
+            self._unhurried(self._sink.tick)
             self._look_for_silence()
 
     # What becomes of answers: a `Receiver`.
@@ -184,6 +184,9 @@ class _Reading:
             self._give_up(stretch)
         self._stretches.clear()
         self._next = None
+        if self._probe is not None:
+            self._requests.end(self._probe)  # what it says is of the past
+            self._probe = None
         self._add(_Stretch(Request(url, None, self._settings, self), 0))
 
     def _begin(self, request: Request) -> None:

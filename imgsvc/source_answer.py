@@ -99,6 +99,7 @@ def _seconds_until(moment: str) -> float | None:
         return float(moment)
     try:
         date = parsedate_to_datetime(moment)
-    except ValueError:
+        seconds = (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+    except (ValueError, OverflowError):
         return None
-    return max((date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds(), 0.0)
+    return max(seconds, 0.0)

@@ -192,7 +192,10 @@ class Requests:
 
     def __init__(self) -> None:
         self._requests: dict[Any, Request] = {}
-        self._poll = select.epoll()
+        try:
+            self._poll = select.epoll()
+        except OSError as error:
+            raise Interrupted(f"nothing can be fetched now: {error.strerror}") from error
         self._watched: set[int] = set()
         self._timer: float | None = None
         self._multi = pycurl.CurlMulti()

@@ -256,15 +256,17 @@ class TestPassing:
         [
             ("7", 7, 7),
             ("0", 0, 0),
-            (format_datetime(datetime.now(UTC) + timedelta(seconds=500), usegmt=True), 300, 500),
-            (format_datetime(datetime.now(UTC) - timedelta(seconds=500), usegmt=True), 0, 0),
+            (500, 300, 500),
+            (-500, 0, 0),
             ("Sunday, 06-Nov-94 08:49:37 GMT", 0, 0),
             ("Sun Nov  6 08:49:37 1994", 0, 0),
         ],
     )
     @pytest.mark.parametrize("status", [429, 503])
-    def test_retry_after(self, source: http.Source, status: int, said: str, least: float, most: float) -> None:
+    def test_retry_after(self, source: http.Source, status: int, said: str | int, least: float, most: float) -> None:
         """In seconds, or as a date in any of the three forms that HTTP knows."""
+        if isinstance(said, int):
+            said = format_datetime(datetime.now(UTC) + timedelta(seconds=said), usegmt=True)
         with pytest.raises(Interrupted) as caught:
             read(source.serve("/image", http.Resource(status=status, headers={"Retry-After": said})))
         assert caught.value.retry_after is not None

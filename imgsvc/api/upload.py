@@ -99,11 +99,15 @@ class Upload(Generic[Result]):
                 self._writing = asyncio.ensure_future(self._disk.run(self._transfer.feed, block))
             return bool(block)
 
+    def _has_failed(self) -> bool:
+        """The last block of a sender that pauses."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+
     async def _watch_transfer(self, give_up: Callable[[Exception], Awaitable[None]]) -> None:
         try:
             while self._transfer.cancelled is None:
                 await asyncio.sleep(PATIENCE)
-                if self._blocks.due() or (self._writing is not None and self._writing.done()):
+                if self._blocks.due() or self._has_failed():
                     await self._write()
             await give_up(self._transfer.cancelled)
         except ImgsvcError as error:

@@ -44,8 +44,8 @@ class FileWriter:
         self._ended = ended
         self._state = _State.OPEN
         self._lock = threading.Lock()
-        self._direct = DirectWrites(descriptor)
         try:
+            self._direct = DirectWrites(descriptor)
             self._size = os.lseek(descriptor, 0, os.SEEK_END)
         except BaseException:
             self._release()
@@ -178,6 +178,11 @@ class FileReader:
         except BaseException:
             self.close()
             raise
+
+    def reads(self, found: os.stat_result) -> bool:
+        """Whether what was found is this very file."""
+        with self._lock:
+            return self._descriptor is not None and os.path.samestat(found, os.fstat(self._descriptor))
 
     def read(self, offset: int, length: int) -> bytes:
         wanted = max(min(length, self.size - offset), 0)

@@ -153,13 +153,16 @@ class FilesystemImageStore:
     def ids(self) -> Iterator[str]:
         return self._ids(".")
 
-    def quarantine(self, image_id: str) -> None:
+    def quarantine(self, image_id: str, read: ImageReader | None = None) -> None:
         name = require_id(image_id)
         self._require_marked()
         with translated(f"set image {image_id} aside"), _found(image_id):
             self._directory.make(_QUARANTINE)
             aside = next(path for path in _names_aside(name) if not self._directory.exists(path))
             self._directory.rename(name, aside)
+            if isinstance(read, FileReader) and not read.reads(self._directory.stat(aside)):
+                self._directory.rename(aside, name)
+                raise Conflict(f"image {image_id} has other bytes by now")
             try:
                 self._directory.sync(_QUARANTINE)
                 self._directory.sync()

@@ -100,12 +100,14 @@ class MemoryImageStore:
             self._require_open()
             return iter(list(self._images))
 
-    def quarantine(self, image_id: str) -> None:
+    def quarantine(self, image_id: str, read: ImageReader | None = None) -> None:
         require_id(image_id)
         with self._lock:
             self._require_writable()
             if image_id not in self._images:
                 raise NotFound(f"image {image_id} is not stored here")
+            if isinstance(read, _MemoryReader) and not read.reads(self._images[image_id]):
+                raise Conflict(f"image {image_id} has other bytes by now")
             self._quarantined.append((image_id, self._images.pop(image_id)))
 
     def quarantined(self) -> Iterator[str]:
@@ -248,6 +250,9 @@ class _MemoryReader:
         self.size = len(image)
         self._id = image_id
         self._image: bytearray | None = image
+
+    def reads(self, image: bytearray) -> bool:
+        return self._image is image
 
     def read(self, offset: int, length: int) -> bytes:
         if self._image is None:

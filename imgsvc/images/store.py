@@ -138,10 +138,13 @@ class ImageStore(Protocol):
     def ids(self) -> Iterator[str]:
         """The ids of all committed images. Files that are not named by an id are not looked at."""
 
-    def quarantine(self, image_id: str) -> None:
+    def quarantine(self, image_id: str, read: ImageReader | None = None) -> None:
         """Sets a committed image aside, for good when this returns: it is no image any more, and its bytes are kept
-        until a person removes them. What was set aside under this id before is kept as well. Raises NotFound; when
-        it raises anything, the image is where it was if the disk allowed that."""
+        until a person removes them. What was set aside under this id before is kept as well.
+
+        With a reader of this store that is still open, only what that one reads: raises Conflict when other bytes have
+        this id by now. Raises NotFound; when it raises anything, the image is where it was if the disk allowed that.
+        """
 
     def quarantined(self) -> Iterator[str]:
         """The ids of what was set aside, each as often as it was."""
