@@ -19,10 +19,11 @@ from imgsvc.source_answer import Version
 
 @dataclass
 class Collected:
-    """A `Sink`. `raises` are errors by method; each piece takes `pause` seconds."""
+    """A `Sink`. `raises` are errors by method; each piece takes `pause` seconds, each tick `pause_tick`."""
 
     raises: Mapping[str, Exception] = field(default_factory=dict)
     pause: float = 0.0
+    pause_tick: float = 0.0
     begun: list[int] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     versions: list[Version] = field(default_factory=list)
@@ -46,6 +47,7 @@ class Collected:
         self._called("piece")
 
     def tick(self) -> None:
+        time.sleep(self.pause_tick)
         self.ticks.append(time.monotonic())
         self._called("tick")
 

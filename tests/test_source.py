@@ -271,7 +271,7 @@ class TestSilence:
 
     def test_a_slow_disk_is_not_the_sources_fault(self, peer: RawPeer) -> None:
         """While the sink works nobody counts."""
-        sink = Collected(pause=0.6)
+        sink = Collected(pause=0.6, pause_tick=0.6)
         url = peer.answer(Answer(OK + b"\r\nby", (b"tes",), pause=0.7))
         assert read(url, sink, stall_timeout=0.5).body == b"bytes"
 

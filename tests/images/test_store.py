@@ -14,7 +14,7 @@ from contextlib import closing
 import pytest
 
 import imgsvc.images
-from imgsvc.errors import Invalid, NoSpace, NotFound, Unavailable
+from imgsvc.errors import Conflict, Invalid, NoSpace, NotFound, Unavailable
 from imgsvc.images.memory import MemoryImageStore
 from imgsvc.images.store import ImageStore
 from imgsvc.metadata.image import is_id, new_id
@@ -384,3 +384,19 @@ def test_closed_store(store: ImageStore, image_id: str) -> None:
         store.space()
     with pytest.raises(Unavailable):
         store.ping()
+
+
+def test_quarantine_of_what_was_read(store: ImageStore, image_id: str) -> None:
+    """Who judged the bytes that a reader has sets these aside, and not others that came under the same id since."""
+    put(store, image_id, b"rotten")
+    with closing(store.open(image_id)) as judged:
+        store.delete(image_id)
+        put(store, image_id, b"sound")
+        with pytest.raises(Conflict):
+            store.quarantine(image_id, judged)
+        assert content(store, image_id) == b"sound"
+        assert list(store.quarantined()) == []
+    with closing(store.open(image_id)) as judged:
+        store.quarantine(image_id, judged)
+    assert list(store.quarantined()) == [image_id]
+    assert list(store.ids()) == []

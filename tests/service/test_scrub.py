@@ -42,11 +42,10 @@ def flip(service: Service, image_id: str, offset: int = 700_000) -> bytes:
 
 
 def check_aside(service: Service, image_id: str, rotten: bytes) -> None:
-    """It is refused, its record says why, and its bytes are kept."""
+    """It is refused, its record says why, and its bytes are kept. What another process wrote may take a second."""
     answer = service.download(image_id)
     assert (answer.status, answer.message) == (404, "incomplete image")
-    image = service.image(image_id)
-    assert image["status"] == "error"
+    image = service.wait_status(image_id, "error", timeout=1.0)
     assert image["error"].startswith("the image is damaged: its sha256 is ")
     assert image["error"].endswith("; its bytes are in quarantine")
     assert (service.images_dir / ".quarantine" / image_id).read_bytes() == rotten
