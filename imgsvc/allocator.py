@@ -15,9 +15,8 @@ def keep_memory() -> None:
     """Has freed memory kept for the next use, at most 32 MiB of it.
 
     What is read from the network comes in pieces of more than 128 KiB, for each of which glibc would ask the kernel
-    anew: hundreds of thousands of page faults a GiB, and most of the system's time on a virtual machine whose host takes
-    back what is freed. Does nothing with another C library.
-    """
+    anew: hundreds of thousands of page faults a GiB, and most of the system's time on a virtual machine whose host
+    takes back what is freed. Does nothing with another C library."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         # A threshold that is set is no longer adapted, so both are. What is kept is kept in each of the arenas.

@@ -52,8 +52,8 @@ class Fetch:
         self._settings = settings
         self._sink = _Sink(transfer, transfers, throttle, disk)
         self._source: Source | None = None
-        # How far it ever came, be it of another version, and the retries since: a source that has a new version for each
-        # try would never end.
+        # How far it ever came, be it of another version, and the retries since: a source that has a new version for
+        # each try would never end.
         self._furthest = 0
         self._retries = 0
 

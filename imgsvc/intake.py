@@ -182,8 +182,8 @@ class Intake:
 
 
 def look_back(notes: Iterable[str]) -> tuple[Origin, float] | None:
-    """What an intake noted: the origin of the bytes, and the Unix time of the last note about them; None when they cannot
-    be gone on with."""
+    """What an intake noted: the origin of the bytes, and the Unix time of the last note about them; None when they
+    cannot be gone on with."""
     origin, _, moment = _understood(notes)
     return None if origin is None else (origin, moment)
 

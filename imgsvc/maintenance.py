@@ -30,12 +30,12 @@ class Maintenance:
         self._digests = digests
 
     def start_sweep(self) -> None:
-        """To be run before anything comes in, and again after Unavailable or NoSpace: each of its steps may be repeated.
+        """To be run before anything comes in, and again after Unavailable or NoSpace: each of its steps may be
+        repeated.
 
-        Interrupted uploads become `error`, unless they can be resumed, interrupted fetches are pending and submitted again, claims and bytes
-        without a record go. Raises ConfigError when the records speak of images and the directory has no marker for
-        them and none of the images, as when its dataset is not mounted.
-        """
+        Interrupted uploads become `error`, unless they can be resumed, interrupted fetches are pending and submitted
+        again, claims and bytes without a record go. Raises ConfigError when the records speak of images and the
+        directory has no marker for them and none of the images, as when its dataset is not mounted."""
         stored = set(self._images.ids())
         identity = self._records.identity
         if self._images.fresh or self._images.marked_for not in ("", identity):

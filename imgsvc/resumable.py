@@ -32,8 +32,8 @@ class Checksum:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far an upload is, in bytes. `metadata` is as its client gave it, "" when that is not known any more. `expires`
-    is the Unix time at which it is given up unless more comes; None when it is complete."""
+    """How far an upload is, in bytes. `metadata` is as its client gave it, "" when that is not known any more.
+    `expires` is the Unix time at which it is given up unless more comes; None when it is complete."""
 
     image: Image
     offset: int
@@ -198,8 +198,8 @@ class Request:
         return Progress(image, image.size, image.size, self.upload.metadata)
 
     def abort(self, reason: ImgsvcError) -> None:
-        """The request is over, and the upload goes on with what was fed, unless that was to be checked; does nothing when
-        it was over. Never raises."""
+        """The request is over, and the upload goes on with what was fed, unless that was to be checked; does nothing
+        when it was over. Never raises."""
         with self._lock:
             if self._ended is None:
                 self._end(reason)

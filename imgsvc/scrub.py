@@ -70,8 +70,8 @@ class Scrub:
         self._look_at = 0.0
 
     def run(self, after: str = "") -> Iterator[Finding]:
-        """Every complete image that this member is on record as holding, from the one that follows `after`, in the order of
-        their ids. Waits while the records cannot be had.
+        """Every complete image that this member is on record as holding, from the one that follows `after`, in the
+        order of their ids. Waits while the records cannot be had.
 
         One whose bytes are held against their digest for other reasons, as those that nobody has vouched for yet, is
         not on record here.

@@ -61,8 +61,8 @@ class Progress:
 
 
 class Scrubber:
-    """One thread. A pass goes on where the last process left it, and the next is due an interval after its beginning: so
-    each image is read once in an interval, however often the service is started anew, if the rate allows it."""
+    """One thread. A pass goes on where the last process left it, and the next is due an interval after its beginning:
+    so each image is read once in an interval, however often the service is started anew, if the rate allows it."""
 
     def __init__(self, settings: ScrubSettings, images: ImageStore, records: MetadataStore) -> None:
         self._settings = settings

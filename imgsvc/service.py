@@ -29,7 +29,8 @@ log = structlog.get_logger()
 
 
 class ImageService:
-    """Every method may be called from any thread, and all but `peek` may block. Each raises Unavailable when a store cannot answer."""
+    """Every method may be called from any thread, and all but `peek` may block. Each raises Unavailable when a store
+    cannot answer."""
 
     def __init__(
         self,
@@ -121,9 +122,8 @@ class ImageService:
     def open(self, image_id: str) -> tuple[Image, ImageReader]:
         """A complete image and its bytes, which the caller closes.
 
-        Raises NotFound when there is none, NotComplete when it may not be read, Elsewhere when only other members hold its bytes,
-        Unavailable when nobody is known to.
-        """
+        Raises NotFound when there is none, NotComplete when it may not be read, Elsewhere when only other members hold
+        its bytes, Unavailable when nobody is known to."""
         image = self.get(image_id)
         if image.status is not Status.COMPLETE:
             raise NotComplete(f"image {image.id} is not complete")

@@ -19,7 +19,8 @@ from imgsvc.errors import IdleTimeout
 from imgsvc.images.store import ImageReader
 from imgsvc.metadata.image import Image
 
-# Bytes that are read and written; what cannot be read at all is so answered with an error. The rest takes the quick way.
+# Bytes that are read and written; what cannot be read at all is so answered with an error. The rest takes the quick
+# way.
 _BLOCK = 1 << 16
 # All of a part that is no larger goes so. qemu asks for several ranges of up to 2.3 MiB at once, and `qemu-img convert`
 # (7.2) waits for ever when they come in one go, from any server.

@@ -10,9 +10,8 @@
 Every path is relative to one descriptor of the directory, opened once. So when the file system is unmounted under the
 running service, or another is mounted over it, no byte goes astray to what lies beneath; `ping` notices.
 
-Nothing is needed that some file systems lack or do badly: no preallocation (ZFS writes every block of it), no O_TMPFILE,
-no extended attributes; O_DIRECT only where it can be had.
-"""
+Nothing is needed that some file systems lack or do badly: no preallocation (ZFS writes every block of it), no
+O_TMPFILE, no extended attributes; O_DIRECT only where it can be had."""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ class Entry:
 
 
 class MetadataStore(Protocol):
-    """Records, shared by whoever shares the store. Every method may be called from any thread, and all but `peek` may block.
+    """Records, shared by whoever shares the store. Every method may be called from any thread, and all but `peek` may
+    block.
 
     Any method raises Unavailable when the store cannot answer; after a write the outcome is then unknown, and
     repeating the same `create` or `update` is safe: it succeeds if it had succeeded. A write also raises NoSpace.
@@ -96,9 +97,9 @@ class MetadataStore(Protocol):
         """Names, for a person, each other member that holds the bytes."""
 
     def follow_deletions(self, deleted: Callable[[str], None], gap: Callable[[], None]) -> None:
-        """From now on, in a thread of the store's own, until `close`: calls `deleted(id)` within five seconds of any member's
-        deletion of a record, and `gap()` when some may have been missed, again and again until it does not raise. A store that no other process shares
-        calls neither."""
+        """From now on, in a thread of the store's own, until `close`: calls `deleted(id)` within five seconds of any
+        member's deletion of a record, and `gap()` when some may have been missed, again and again until it does not
+        raise. A store that no other process shares calls neither."""
 
     def ping(self) -> None:
         """Raises Unavailable unless reads and writes can work now."""
