@@ -37,7 +37,7 @@ def test_a_block_that_cannot_be_read(zfs_pool: ZfsPool, dataset: str, start_serv
     service.check_log()
     status, (finding, _) = scrub(service)
     assert (status, finding.startswith(f"{image['id']}: cannot read image")) == (1, True)
-    error = service.image(image["id"])["error"]
+    error = service.wait_status(image["id"], "error", timeout=1.0)["error"]
     assert "Input/output error" in error
     assert error.endswith("; its bytes are in quarantine")
     assert service.download(image["id"]).status == 404
