@@ -15,17 +15,23 @@ class Blocks:
     """For one thread at a time. A block is gathered in one of two buffers, while the one before it, in the other, may
     still be written. They begin at a page, as a disk wants it that reads them without the page cache."""
 
-    def __init__(self, position: int = 0) -> None:
-        """The first byte to come is the image's byte of that number."""
+    def __init__(self, position: int = 0, block: int = 0) -> None:
+        """The first byte to come is the image's byte of that number. A block ends at a multiple of `block` bytes, which
+        is one of BLOCK; 0 is BLOCK."""
+        self._block = block or BLOCK
         self._buffer = self._other = memoryview(b"")
         self._filled = 0
-        self._room = BLOCK - position % BLOCK
+        self._room = self._block - position % self._block
         # What came beyond the block's end.
         self._beyond: list[memoryview] = []
         self._taken = time.monotonic()
 
     def add(self, piece: bytes | bytearray | memoryview) -> None:
-        if self._beyond:
+        end = self._filled + len(piece)
+        if end <= self._room and self._buffer:
+            self._buffer[self._filled : end] = piece
+            self._filled = end
+        elif self._beyond:
             self._beyond.append(memoryview(piece))
         else:
             self._fill(memoryview(piece))
@@ -41,7 +47,7 @@ class Blocks:
         are until this is called again."""
         block = self._buffer[: self._filled]
         self._buffer, self._other = self._other, self._buffer
-        self._room = self._room - self._filled or BLOCK
+        self._room = self._room - self._filled or self._block
         self._filled = 0
         self._taken = time.monotonic()
         beyond, self._beyond = self._beyond, []
@@ -51,7 +57,7 @@ class Blocks:
 
     def _fill(self, piece: memoryview) -> None:
         if not self._buffer:
-            self._buffer = memoryview(mmap.mmap(-1, BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+            self._buffer = memoryview(mmap.mmap(-1, self._block, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         fitting = piece[: self._room - self._filled]
         end = self._filled + len(fitting)
         self._buffer[self._filled : end] = fitting

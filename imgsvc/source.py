@@ -160,17 +160,24 @@ class _Reading:
         else:
             self._begin(request)
 
-    def received(self, request: Request, data: bytes) -> None:
+    def received(self, request: Request, pieces: list[bytes]) -> None:
         stretch = self._of.get(request)
         if stretch is None:
             return  # the probe's byte
-        data = self._within(stretch, data)
-        stretch.got += len(data)
-        self._unhurried(self._sink.pace, len(data))
+        size = sum(map(len, pieces))
+        fitting = self._fitting(stretch, size)
+        if fitting < size:
+            size, pieces = fitting, [b"".join(pieces)[:fitting]]
+        stretch.got += size
+        self._unhurried(self._sink.pace, size)
         if stretch is self._stretches[0]:
-            self._unhurried(self._sink.piece, data)
+            self._unhurried(self._deliver, pieces)
         else:
-            stretch.waiting.append(data)
+            stretch.waiting += pieces
+
+    def _deliver(self, pieces: list[bytes]) -> None:
+        for data in pieces:
+            self._sink.piece(data)
 
     # One connection.
 
@@ -221,14 +228,14 @@ class _Reading:
             raise _Anew(self._home)
         raise FetchFailed(message)
 
-    def _within(self, stretch: _Stretch, data: bytes) -> bytes:
-        """Of the bytes that follow in the stretch, those that are part of it."""
+    def _fitting(self, stretch: _Stretch, size: int) -> int:
+        """Of so many bytes that follow in the stretch, how many are part of it."""
         end = self.version.length if stretch.end is None else stretch.end
-        rest = len(data) if end == UNKNOWN_SIZE else end - stretch.position
-        if len(data) > rest and (stretch.end is None or not stretch.request.may_go_on):
+        rest = size if end == UNKNOWN_SIZE else end - stretch.position
+        if size > rest and (stretch.end is None or not stretch.request.may_go_on):
             # Then nothing that it sent so far need be what it said.
             self._lied = True
-        return data[:rest]
+        return min(size, rest)
 
     def _ended(self, request: Request, code: int, message: str) -> None:
         if request is self._probe:
@@ -294,8 +301,7 @@ class _Reading:
             self._stretches.popleft()
             if self._stretches:
                 waiting, self._stretches[0].waiting = self._stretches[0].waiting, []
-                for data in waiting:
-                    self._unhurried(self._sink.piece, data)
+                self._unhurried(self._deliver, waiting)
 
     # Several connections.
 

@@ -49,8 +49,9 @@ class Receiver(Protocol):
         """The headers are there; those of 100 (Continue) and its like are no answer. Whatever it raises ends the
         request, and comes out of `Request.check`."""
 
-    def received(self, request: Request, data: bytes) -> None:
-        """Whatever it raises comes out of `Requests.step`."""
+    def received(self, request: Request, pieces: list[bytes]) -> None:
+        """The next bytes of the body, as curl delivered them: joining them would cost more than the rest. Whatever it
+        raises comes out of `Requests.step`."""
 
 
 class Request:
@@ -110,12 +111,12 @@ class Request:
         if not self._arrived:
             return
         self.heard = time.monotonic()
-        data = b"".join(self._arrived)
+        pieces = self._arrived.copy()
         self._arrived.clear()
-        self.body += len(data)
+        self.body += sum(map(len, pieces))
         if self.answer.length != UNKNOWN_SIZE and self.body > self.answer.length:
             raise Incomplete(f"the source announced {self.answer.length} bytes and sent more")
-        self._receiver.received(self, data)
+        self._receiver.received(self, pieces)
 
     def _set_up(self) -> None:
         set_option = self.curl.setopt

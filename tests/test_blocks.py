@@ -81,3 +81,14 @@ def test_patience() -> None:
 def test_nothing() -> None:
     """Taking from nothing gives nothing."""
     assert bytes(Blocks().take()) == b""
+
+
+def test_larger_blocks() -> None:
+    """Who wants larger ones gets them; they too end at a multiple of their size."""
+    blocks = Blocks(BLOCK, 4 * BLOCK)
+    for _ in range(5):
+        blocks.add(bytes(BLOCK))
+    assert blocks.due()
+    assert len(blocks.take()) == 3 * BLOCK
+    assert not blocks.due()
+    assert len(blocks.take()) == 2 * BLOCK
