@@ -123,6 +123,7 @@ class _Sink:
         self._throttle = throttle
         self._disk = disk
         self._blocks = Blocks(0, _BLOCK)
+        self._delivered = 0
         self._writing: Future[None] | None = None
 
     def begin(self, version: Version, offset: int) -> None:
@@ -132,6 +133,7 @@ class _Sink:
             self._wait_for_disk()
             self._transfer.restart(_origin(version) if version.etag else None)
         self._blocks = Blocks(offset, _BLOCK)
+        self._delivered = offset
         self._transfers.admit(version.length, self._transfer)
         self._transfer.start(version.length)
 
@@ -144,6 +146,8 @@ class _Sink:
             wait = latest - time.monotonic()
 
     def piece(self, data: bytes) -> None:
+        self._delivered += len(data)
+        self._transfers.check_size(self._delivered)  # the next block is far
         self._blocks.add(data)
         while self._blocks.due():
             self._write()

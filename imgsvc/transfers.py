@@ -77,6 +77,10 @@ class Transfers:
         missing = expected_size - (0 if transfer is None else transfer.size)
         self._room.check_space(max(missing, 0) + announced)
 
+    def check_size(self, size: int) -> None:
+        """Raises TooLarge when no image may have so many bytes."""
+        self._room.check_size(size)
+
     def is_known(self, image_id: str) -> bool:
         """Whether this process is transferring the image, or has yet to settle it."""
         with self._lock:
