@@ -214,6 +214,21 @@ def _damages() -> list[ParameterSet]:
 
 
 class TestRestarts:
+    def test_killed_on_several_connections(self, start_service: StartService, source: Source) -> None:
+        """What came in order goes on; pieces that were ahead of it are fetched again, and nothing is out of place."""
+        body = random.Random(4).randbytes(40 * MIB + 321)
+        url = source.serve("/image", Resource(body, etag=ETAG, rate=4 * MIB))
+        service = start_service(fetch_split_size=MIB, fetch_connections=4)
+        image = service.fetch(url)
+        wait_for(lambda: service.image(image["id"])["size"] > 8 * MIB, 20, "several connections have brought bytes")
+        assert len(source.exchanges) > 4
+        service.kill()
+        source.exchanges.clear()
+        service.start()
+        assert_whole(service, image, body)
+        assert source.exchanges[0].first > 0
+        assert len(source.exchanges) > 2
+
     def test_killed_again_and_again(self, start_service: StartService, source: Source, seed: int) -> None:
         """At whatever moment: it goes on, if it had come so far as a checkpoint, and ends with the right bytes."""
         moments = random.Random(seed)
