@@ -87,7 +87,7 @@ class FetchSettings:
         "fetch.connections",
         integer(1, 16),
         4,
-        "Connections to a source that serves ranges, for an image above splitSize; each takes up to 8 MiB of memory.",
+        "Connections to a source with ranges, for an image above splitSize; each takes 8 MiB of memory, a fetch 16 more.",
     )
     split_size: int = _setting(
         "fetch.splitSize",
