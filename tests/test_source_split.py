@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from imgsvc import source as source_module
+from imgsvc import source_reading
 from imgsvc.blocks import BLOCK
 from imgsvc.errors import Interrupted
 from imgsvc.source import Source
@@ -36,7 +36,7 @@ GOOD = http.Resource(BODY, etag=OLD)
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that six of them are no 48 MiB."""
-    monkeypatch.setattr(source_module, "PIECE", PIECE)
+    monkeypatch.setattr(source_reading, "PIECE", PIECE)
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ class TestPieces:
                 super().add(request)
                 requests.append(len(self))
 
-        monkeypatch.setattr(source_module, "Requests", Counted)
+        monkeypatch.setattr(source_reading, "Requests", Counted)
         sink = collect(
             source.serve("/image", lambda asked: good(asked, keep=keep, rate=10.0 * MIB)), connections=connections
         )
@@ -391,10 +391,10 @@ class TestNetworks:
 
 _MANY = """
 import os, resource, sys
-from imgsvc import source
+from imgsvc import source_reading
 from tests.harness import wait_for
 from tests.raw_peer import Collected, reader
-source.PIECE = 1 << 20
+source_reading.PIECE = 1 << 20
 resource.setrlimit(resource.RLIMIT_NOFILE, (3000, 3000))
 taken = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
 sink = Collected()
