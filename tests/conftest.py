@@ -1,3 +1,3 @@
 """Fixtures that more than one folder of tests uses."""
 
-pytest_plugins = ["tests.etcd_cluster", "tests.mounts", "tests.rooms", "tests.zfs"]
+pytest_plugins = ["tests.etcd_cluster", "tests.mounts", "tests.raw_peer", "tests.rooms", "tests.zfs"]

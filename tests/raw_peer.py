@@ -7,14 +7,17 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import pytest
+
 from imgsvc.settings import FetchSettings
 from imgsvc.source import Source
 from imgsvc.source_answer import Version
+from tests import source as http
 
 
 @dataclass
@@ -135,3 +138,22 @@ class RawPeer:
             while not self._answer.closes and not self._ending.is_set():
                 if select.select([connection], [], [], 0.05)[0] and not connection.recv(65536):
                     break
+
+
+@pytest.fixture(scope="module")
+def shared_source() -> Iterator[http.Source]:
+    with http.Source() as source:
+        yield source
+
+
+@pytest.fixture
+def source(shared_source: http.Source) -> http.Source:
+    """One that nobody has asked yet."""
+    shared_source.exchanges.clear()
+    return shared_source
+
+
+@pytest.fixture(scope="module")
+def peer() -> Iterator[RawPeer]:
+    with RawPeer() as peer:
+        yield peer

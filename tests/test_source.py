@@ -6,7 +6,6 @@ import gzip
 import itertools
 import socket
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
@@ -18,25 +17,6 @@ from tests.raw_peer import Answer, Collected, RawPeer, read
 
 BODY = bytes(range(256)) * 1000
 OK = b"HTTP/1.1 200 OK\r\n"
-
-
-@pytest.fixture(scope="module")
-def shared_source() -> Iterator[http.Source]:
-    with http.Source() as source:
-        yield source
-
-
-@pytest.fixture
-def source(shared_source: http.Source) -> http.Source:
-    """One that nobody has asked yet."""
-    shared_source.exchanges.clear()
-    return shared_source
-
-
-@pytest.fixture(scope="module")
-def peer() -> Iterator[RawPeer]:
-    with RawPeer() as peer:
-        yield peer
 
 
 def refusal(url: str, kind: type[ImgsvcError] = FetchFailed, **settings: float) -> str:

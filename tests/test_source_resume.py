@@ -25,25 +25,6 @@ OLD, NEW = '"old"', '"new"'
 OFFSET = 100_001
 
 
-@pytest.fixture(scope="module")
-def shared_source() -> Iterator[http.Source]:
-    with http.Source() as source:
-        yield source
-
-
-@pytest.fixture
-def source(shared_source: http.Source) -> http.Source:
-    """One that nobody has asked yet."""
-    shared_source.exchanges.clear()
-    return shared_source
-
-
-@pytest.fixture(scope="module")
-def peer() -> Iterator[RawPeer]:
-    with RawPeer() as peer:
-        yield peer
-
-
 def go_on(url: str, version: Version | None = None, offset: int = OFFSET, **settings: Any) -> Collected:
     """What is there after the first bytes of BODY were, and the source was read from there."""
     sink = Collected(body=bytearray(BODY[:offset]))
