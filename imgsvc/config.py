@@ -16,6 +16,7 @@ from imgsvc.errors import ConfigError
 from imgsvc.settings import (
     SETTINGS,
     VARIABLE_PREFIX,
+    ClusterSettings,
     FetchSettings,
     ImageStoreSettings,
     MetadataStoreSettings,
@@ -27,6 +28,7 @@ from imgsvc.settings import (
 from imgsvc.values import Reserve
 
 __all__ = [
+    "ClusterSettings",
     "FetchSettings",
     "ImageStoreSettings",
     "MetadataStoreSettings",
@@ -44,7 +46,13 @@ _BY_VARIABLE = {setting.variable: setting for setting in SETTINGS}
 
 _Group = TypeVar(
     "_Group",
-    bound=Settings | FetchSettings | UploadSettings | ScrubSettings | ImageStoreSettings | MetadataStoreSettings,
+    bound=Settings
+    | FetchSettings
+    | UploadSettings
+    | ScrubSettings
+    | ImageStoreSettings
+    | MetadataStoreSettings
+    | ClusterSettings,
 )
 
 
@@ -77,6 +85,7 @@ def load(config_file: Path | None, flags: Mapping[str, str], environ: Mapping[st
 
     _check_image_store(settings, name)
     _check_metadata_store(settings, name)
+    _check_cluster(settings, given)
     return settings
 
 
@@ -190,6 +199,7 @@ def _settings(given: Mapping[str, _Given], default_host: str) -> Settings:
         fetch=_group(FetchSettings, values),
         uploads=_group(UploadSettings, values),
         scrub=_group(ScrubSettings, values),
+        cluster=_group(ClusterSettings, values),
         image_store=_group(
             ImageStoreSettings,
             values,
@@ -239,6 +249,16 @@ def _check_metadata_store(settings: Settings, name: Callable[[str], str]) -> Non
             raise ConfigError(f"{name(f'metadataStoreConfig.{key}')} is missing: cert, key and caCert go together")
     if store.type == "etcd":
         _check_etcd(store, tls, name)
+
+
+def _check_cluster(settings: Settings, given: Mapping[str, _Given]) -> None:
+    """Unlike a store's, these settings say that there are others to share with."""
+    wanted = [given[key].name for key in given if key.startswith("cluster.")]
+    if wanted and settings.metadata_store.type != "etcd":
+        raise ConfigError(
+            f"{wanted[0]} is for members that share their records in etcd, and metadataStoreType is"
+            f" {settings.metadata_store.type}"
+        )
 
 
 def _check_place(place: Path, key: str, data_dir: Path, name: Callable[[str], str]) -> None:

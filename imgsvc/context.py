@@ -202,7 +202,7 @@ def _open_etcd(
     wanted: MetadataStoreSettings, member: Member, images: ImageStore, opened: contextlib.ExitStack, *, beside: bool
 ) -> MetadataStore:
     # Late: who does without etcd need not load gRPC.
-    from imgsvc.cluster import Membership, NoLease  # noqa: PLC0415
+    from imgsvc.cluster.membership import Membership, NoLease  # noqa: PLC0415
     from imgsvc.etcd import Etcd  # noqa: PLC0415
     from imgsvc.metadata.etcd import EtcdMetadataStore  # noqa: PLC0415
 

@@ -19,14 +19,17 @@ from imgsvc.values import (
     choice,
     integer,
     log_level,
+    name,
     networks,
     path,
+    percentage,
     prefix,
     reserve,
     seconds,
     secret,
     size,
     text,
+    url,
     urls,
 )
 
@@ -210,6 +213,73 @@ class MetadataStoreSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterSettings:
+    """For members that share their records in etcd. Times are seconds, `cache_high_water` a part of the file system.
+    Where `member_id` or `advertise_url` is "", the image store's marker and the address listened on say them."""
+
+    member_id: str = _setting(
+        "cluster.memberId",
+        name(),
+        "",
+        "What records call this member, never another one. Empty: the id in the image store's marker file.",
+    )
+    advertise_url: str = _setting(
+        "cluster.advertiseUrl",
+        url(),
+        "",
+        "Where the other members reach this one. Empty: http, the host name or host, and port.",
+    )
+    lease_ttl: int = _setting(
+        "cluster.leaseTtl",
+        integer(2, 3600),
+        10,
+        "Seconds without a word to etcd after which a member is taken for dead, and its transfers for lost.",
+    )
+    replicas: int = _setting(
+        "cluster.replicas",
+        integer(1, 16),
+        1,
+        "Live members that are to hold each complete image; the same on every member.",
+    )
+    secret: str = _setting(
+        "cluster.secret",
+        secret(),
+        "",
+        "What members know each other by; the same on every member. Better in IMGSVC_CLUSTER_SECRET.",
+    )
+    rebalance_delay: float = _setting(
+        "cluster.rebalanceDelay",
+        seconds(0, _DAY),
+        60.0,
+        "Seconds that a member is dead before others copy what it held: a restart should not move terabytes.",
+    )
+    copy_bytes_per_second: int = _setting(
+        "cluster.copyBytesPerSecond",
+        size(),
+        100_000_000,
+        "What copies in the background may take of the line, at each member. 0: all that there is.",
+    )
+    cache_high_water: float = _setting(
+        "cluster.cacheHighWater",
+        percentage(),
+        "90%",
+        "The part of the file system in use above which copies beyond the wanted number are dropped.",
+    )
+    peer_timeout: float = _setting(
+        "cluster.peerTimeout",
+        seconds(0.1, _DAY),
+        5.0,
+        "Seconds without a byte from a member after which another one is asked.",
+    )
+    etcd_grace: float = _setting(
+        "cluster.etcdGrace",
+        seconds(0, 3600),
+        15.0,
+        "Seconds that an upload whose bytes are all here waits for etcd before it is answered 503.",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """Sizes are bytes, times are seconds. `host` is empty for all interfaces; `port` is 0 for any free one;
     `max_image_size` is 0 for no limit. `data_dir` may not exist yet, and is not needed when both stores are
@@ -276,11 +346,20 @@ class Settings:
     scrub: ScrubSettings
     image_store: ImageStoreSettings
     metadata_store: MetadataStoreSettings
+    cluster: ClusterSettings
 
 
 SETTINGS: tuple[Setting, ...] = tuple(
     field.metadata["setting"]
-    for group in (Settings, ImageStoreSettings, MetadataStoreSettings, FetchSettings, UploadSettings, ScrubSettings)
+    for group in (
+        Settings,
+        ImageStoreSettings,
+        MetadataStoreSettings,
+        ClusterSettings,
+        FetchSettings,
+        UploadSettings,
+        ScrubSettings,
+    )
     for field in dataclasses.fields(group)
     if "setting" in field.metadata
 )

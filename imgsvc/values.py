@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +146,46 @@ def reserve() -> Kind:
     return Kind('a number of bytes, or a percentage below 100 such as "1%"', Reserve.parse, from_text)
 
 
+def percentage() -> Kind:
+    """Read as the part that it is."""
+
+    def read(value: object) -> float:
+        text = _text(value)
+        part = float(text.removesuffix("%")) / 100
+        if not text.endswith("%") or not 0 < part <= 1:
+            raise ValueError(value)
+        return part
+
+    return Kind('a percentage such as "90%"', read)
+
+
+def name() -> Kind:
+    """What may be part of a key and of a log line; or empty."""
+
+    def read(value: object) -> str:
+        word = _text(value)
+        if word and _NAME.fullmatch(word) is None:
+            raise ValueError(value)
+        return word
+
+    return Kind("at most 64 of the characters A-Z a-z 0-9 . _ -", read)
+
+
 def networks() -> Kind:
     def read(value: object) -> tuple[IPv4Network | IPv6Network, ...]:
         return tuple(ip_network(item) for item in _texts(value))
 
     return Kind('a list of networks such as "10.0.0.0/8" or "fe80::/10"', read, _split)
+
+
+def url() -> Kind:
+    """Scheme, host and port; or empty."""
+
+    def read(value: object) -> str:
+        text = _text(value)
+        return _url(text) if text else ""
+
+    return Kind('a URL such as "http://10.0.0.1:20000"', read, shown=False)
 
 
 def urls() -> Kind:
@@ -184,10 +222,10 @@ def _split(text: str) -> list[str]:
 
 def _url(item: str) -> str:
     """Scheme, host and port only: user and password have settings of their own, which logs leave out."""
-    url = urlsplit(item)
+    parts = urlsplit(item)
     # Reading `port` raises ValueError when it is no port.
-    if url.scheme not in ("http", "https") or not url.hostname or url.port == 0:
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
         raise ValueError(item)
-    if url.username is not None or url.query or url.fragment or url.path not in ("", "/"):
+    if parts.username is not None or parts.query or parts.fragment or parts.path not in ("", "/"):
         raise ValueError(item)
-    return f"{url.scheme}://{url.netloc}"
+    return f"{parts.scheme}://{parts.netloc}"

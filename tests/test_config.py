@@ -420,6 +420,16 @@ def test_a_whole_tls_set_is_taken(toml: Write, tmp_path: Path) -> None:
     assert (store.cert, store.key, store.ca_cert) == (tmp_path / "cert", tmp_path / "key", tmp_path / "caCert")
 
 
+@pytest.mark.parametrize("given", ["secret", "memberId"])
+@pytest.mark.parametrize("kind", ["sqlite", "kvite", "memory"])
+def test_a_cluster_needs_records_that_are_shared(toml: Write, kind: str, given: str) -> None:
+    """Who sets up a cluster on records of its own would have no cluster."""
+    file = toml(f'metadataStoreType = "{kind}"\nmetadataStoreConfig.table = "x"\ncluster.{given} = "x"')
+    assert refused(file) == (
+        f"cluster.{given} in {file} is for members that share their records in etcd, and metadataStoreType is {kind}"
+    )
+
+
 @pytest.mark.parametrize(("text", "prefix"), [("/lochness", "/lochness"), ("a/b/", "/a/b"), ("/", ""), ("", "")])
 def test_a_prefix_begins_with_a_slash_and_ends_without(text: str, prefix: str) -> None:
     assert load(None, {}, {"IMGSVC_METADATA_STORE_CONFIG_PREFIX": text}).metadata_store.prefix == prefix
@@ -486,6 +496,16 @@ OTHER_VALUES: dict[str, object] = {
     "fetch.maxBytesPerSecond": 5,
     "fetch.maxRedirects": 2,
     "fetch.denyNetworks": ["10.0.0.0/8", "fc00::/7"],
+    "cluster.memberId": "other",
+    "cluster.advertiseUrl": "http://10.0.0.1:1",
+    "cluster.leaseTtl": 5,
+    "cluster.replicas": 2,
+    "cluster.secret": "other",
+    "cluster.rebalanceDelay": 7.5,
+    "cluster.copyBytesPerSecond": 5,
+    "cluster.cacheHighWater": "80%",
+    "cluster.peerTimeout": 7.5,
+    "cluster.etcdGrace": 7.5,
 }
 
 
@@ -499,6 +519,8 @@ def test_each_setting_can_be_set_everywhere_with_one_effect(toml: Write, key: st
 
     # Not "", so that the host does not depend on there being a file.
     base = plain = {} if key == "host" else {"IMGSVC_HOST": "h"}
+    if group == "cluster":
+        base = plain = base | {"IMGSVC_METADATA_STORE_TYPE": "etcd"}
     if name in TLS:  # all three or none
         others = (setting for setting in SETTINGS if setting.key.rpartition(".")[2] in TLS and setting.key != key)
         base = base | {setting.variable: "others" for setting in others}
@@ -525,7 +547,7 @@ def test_names_of_variables_and_flags_follow_the_keys() -> None:
 def test_each_field_is_a_setting_or_a_group_of_them() -> None:
     groups = [field.name for field in dataclasses.fields(Settings) if "setting" not in field.metadata]
 
-    assert groups == ["fetch", "uploads", "scrub", "image_store", "metadata_store"]
+    assert groups == ["fetch", "uploads", "scrub", "image_store", "metadata_store", "cluster"]
     assert set(OTHER_VALUES) == {setting.key for setting in SETTINGS}
 
 
@@ -538,7 +560,7 @@ def shipped() -> str:
 
 def test_the_shipped_file_loads_as_it_is_and_changes_nothing() -> None:
     assert load(ROOT / "conf/imgsvc.toml", {"host": "h"}, {}) == load(None, {"host": "h"}, {})
-    groups = ("imageStoreConfig", "metadataStoreConfig", "fetch", "uploads", "scrub")
+    groups = ("imageStoreConfig", "metadataStoreConfig", "cluster", "fetch", "uploads", "scrub")
     assert tomllib.loads(shipped()) == {group: {} for group in groups}
 
 

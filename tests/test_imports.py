@@ -79,11 +79,11 @@ RULES: tuple[Only | AtMost, ...] = (
         ("imgsvc.metadata.*",),
         ("imgsvc.metadata.*", "imgsvc.context"),
         "only the context names a concrete store; all others know the protocol",
-        besides=("imgsvc.metadata.store", "imgsvc.metadata.image"),
+        besides=("imgsvc.metadata.store", "imgsvc.metadata.image", "imgsvc.metadata.mirror"),
     ),
     Only(
-        ("imgsvc.etcd*", "imgsvc.cluster"),
-        ("imgsvc.etcd*", "imgsvc.cluster", "imgsvc.metadata.etcd*", "imgsvc.context"),
+        ("imgsvc.etcd*", "imgsvc.cluster.membership"),
+        ("imgsvc.etcd*", "imgsvc.cluster.membership", "imgsvc.metadata.etcd*", "imgsvc.context"),
         "who keeps records elsewhere need not load gRPC",
     ),
     AtMost(

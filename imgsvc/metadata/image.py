@@ -57,7 +57,8 @@ class Image:
     that it must be, "" when nobody did.
 
     `revision` is the store's: it says which state of the record this is, and a store's `update` compares it. It is
-    not part of the document.
+    not part of the document. `replicas` are the members that hold the bytes, None in a store that has no members; they
+    are shown, and not part of what is stored either.
     """
 
     id: str
@@ -73,6 +74,7 @@ class Image:
     error: str = ""
     expected_sha256: str = ""
     revision: int = 0
+    replicas: tuple[str, ...] | None = None
 
     @property
     def in_transfer(self) -> bool:
@@ -128,7 +130,7 @@ class Image:
 
     def to_document(self) -> dict[str, Any]:
         """The record as the wire contract has it: the Go program's keys in their order, then the new ones."""
-        document = {
+        document: dict[str, Any] = {
             "id": self.id,
             "source": self.source,
             "type": self.type.value,
@@ -143,6 +145,8 @@ class Image:
         }
         if self.expected_sha256:
             document["expected_sha256"] = self.expected_sha256
+        if self.replicas is not None:
+            document["replicas"] = list(self.replicas)
         return document
 
     def to_json(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from imgsvc.cluster import LEASE_SECONDS, Membership
+from imgsvc.cluster.membership import LEASE_SECONDS, Membership
 from imgsvc.etcd import Etcd
 from imgsvc.metadata.etcd import EtcdMetadataStore
 from imgsvc.metadata.image import new_id

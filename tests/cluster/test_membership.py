@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from imgsvc import __version__
-from imgsvc.cluster import Membership
+from imgsvc.cluster.membership import Membership
 from imgsvc.errors import Unavailable
 from imgsvc.etcd import Etcd
 from imgsvc.etcd_layout import Layout

@@ -1,0 +1,209 @@
+"""What a cluster's records say, in the memory of one member: every image with its surroundings, and who is live.
+
+Filled by whoever follows the store, and by the store with what it writes itself; read by everybody, at any time,
+without waiting.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from imgsvc.errors import NotFound
+from imgsvc.metadata.image import Image, ImageType, Status
+
+_PAGE = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class LiveMember:
+    """What a member that is live says of itself. `free` and `total` are the bytes of its disk, None when it cannot
+    tell; `images` is how many it holds, `started` when it did, in RFC 3339."""
+
+    id: str
+    url: str
+    version: str = ""
+    free: int | None = None
+    total: int | None = None
+    images: int = 0
+    started: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Carrier:
+    """Who brings an image in, as it was noted with the transfer's beginning; unlike the owner's key, this stays when
+    that member dies. `until` is the Unix time before which nobody else may end it, 0 when it need not be waited for."""
+
+    member: str
+    url: str
+    until: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """One image. `document` is the record as it is stored, `revision` the record's. `owner` is the live member that is
+    transferring it, None when there is none; `replicas` are the members that are on record as holding its bytes, live
+    or not, in the order of their ids."""
+
+    id: str
+    document: str
+    revision: int
+    status: Status
+    type: ImageType
+    size: int
+    owner: str | None = None
+    carrier: Carrier | None = None
+    replicas: tuple[str, ...] = ()
+
+    @property
+    def in_transfer(self) -> bool:
+        return self.status in (Status.PENDING, Status.DOWNLOADING)
+
+    @property
+    def image(self) -> Image:
+        return dataclasses.replace(Image.from_json(self.document, self.revision), replicas=self.replicas)
+
+    def to_json(self) -> str:
+        """The document for clients: with the replicas behind the other keys."""
+        return f'{self.document[:-1]},"replicas":{json.dumps(self.replicas, separators=(",", ":"))}}}'
+
+
+@dataclass(slots=True)
+class _State:
+    known: dict[str, Known] = field(default_factory=dict)
+    # Their ids in order.
+    ids: list[str] = field(default_factory=list)
+    members: dict[str, LiveMember] = field(default_factory=dict)
+
+
+class Mirror:
+    """Every method may be called from any thread, and none blocks.
+
+    What is read is what the store had when it was last heard, or newer. `following` says whether that is now.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._state = _State()
+        # When each member that is not live was last, or was first missed, by `time.monotonic`.
+        self._missed: dict[str, float] = {}
+        self._heard: float | None = None
+        self.following = False
+        self._listeners: list[Callable[[str], None]] = []
+
+    # For readers.
+
+    @property
+    def stale(self) -> float | None:
+        """Seconds since the store was last heard; None while it is being followed."""
+        if self.following:
+            return None
+        return time.monotonic() - (self._heard or 0.0)
+
+    def members(self) -> Mapping[str, LiveMember]:
+        """The live ones, by id."""
+        with self._lock:
+            return dict(self._state.members)
+
+    def gone_for(self, member: str) -> float:
+        """Seconds for which a member has not been live, as far as this one knows; 0 while it is."""
+        with self._lock:
+            if member in self._state.members:
+                return 0.0
+            return time.monotonic() - self._missed.setdefault(member, time.monotonic())
+
+    def get(self, image_id: str) -> Known:
+        """Raises NotFound."""
+        with self._lock:
+            known = self._state.known.get(image_id)
+        if known is None:
+            raise NotFound(f"there is no image {image_id}")
+        return known
+
+    def list(self, image_type: ImageType | None = None) -> Iterator[Sequence[str]]:
+        """As `MetadataStore.list`."""
+        for page in self.pages():
+            yield [known.to_json() for known in page if image_type in (None, known.type)]
+
+    def pages(self) -> Iterator[Sequence[Known]]:
+        """All images, in the order of their ids, at most 1,000 at a time; what exists throughout is in it once."""
+        after = ""
+        while True:
+            with self._lock:
+                first = bisect.bisect_right(self._state.ids, after)
+                page = [self._state.known[image_id] for image_id in self._state.ids[first : first + _PAGE]]
+            if not page:
+                return
+            yield page
+            after = page[-1].id
+
+    def listen(self, changed: Callable[[str], None]) -> None:
+        """Has `changed(id)` called, soon, after every change of an image, and `changed("")` after one of who is live
+        or of everything. It must not block."""
+        self._listeners.append(changed)
+
+    # For writers.
+
+    def replace(self, known: Iterable[Known], members: Iterable[LiveMember]) -> None:
+        """All of it, as the store has it now."""
+        state = _State(known={each.id: each for each in known}, members={each.id: each for each in members})
+        state.ids = sorted(state.known)
+        with self._lock:
+            self._note_missed(state.members)
+            self._state = state
+        self._tell("")
+
+    def put(self, known: Known) -> None:
+        """One image, new or changed."""
+        known = dataclasses.replace(known, replicas=tuple(map(sys.intern, known.replicas)))
+        with self._lock:
+            if known.id not in self._state.known:
+                bisect.insort(self._state.ids, known.id)
+            self._state.known[known.id] = known
+        self._tell(known.id)
+
+    def remove(self, image_id: str) -> None:
+        """An image that is deleted; may be repeated."""
+        with self._lock:
+            if self._state.known.pop(image_id, None) is not None:
+                del self._state.ids[bisect.bisect_left(self._state.ids, image_id)]
+        self._tell(image_id)
+
+    def join(self, member: LiveMember) -> None:
+        """It is live, or says something new of itself."""
+        with self._lock:
+            self._state.members[member.id] = member
+            self._missed.pop(member.id, None)
+        self._tell("")
+
+    def leave(self, member: str) -> None:
+        """It is not live any more; may be repeated."""
+        with self._lock:
+            if self._state.members.pop(member, None) is not None:
+                self._missed[member] = time.monotonic()
+        self._tell("")
+
+    def heard(self) -> None:
+        """The store has answered, and all that it told until now is here."""
+        self._heard = time.monotonic()
+        self.following = True
+
+    def lost(self) -> None:
+        """The store does not answer."""
+        self.following = False
+
+    def _note_missed(self, live: Mapping[str, LiveMember]) -> None:
+        for member in self._state.members.keys() - live.keys():
+            self._missed[member] = time.monotonic()
+        for member in live:
+            self._missed.pop(member, None)
+
+    def _tell(self, image_id: str) -> None:
+        for changed in self._listeners:
+            changed(image_id)
