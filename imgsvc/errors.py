@@ -85,6 +85,10 @@ class WrongChecksum(ImgsvcError):
     """The bytes of one request are not those that it said they would be; they were dropped, and may be sent again."""
 
 
+class Forbidden(ImgsvcError):
+    """The request is for members of the cluster, and does not show that one of them sent it."""
+
+
 class Locked(ImgsvcError):
     """Another request has the upload."""
 

@@ -159,12 +159,17 @@ def percentage() -> Kind:
     return Kind('a percentage such as "90%"', read)
 
 
+def is_name(word: str) -> bool:
+    """Whether it may be part of a key and of a log line."""
+    return _NAME.fullmatch(word) is not None
+
+
 def name() -> Kind:
     """What may be part of a key and of a log line; or empty."""
 
     def read(value: object) -> str:
         word = _text(value)
-        if word and _NAME.fullmatch(word) is None:
+        if word and not is_name(word):
             raise ValueError(value)
         return word
 

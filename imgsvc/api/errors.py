@@ -19,6 +19,7 @@ REASONS = {CHECKSUM_MISMATCH: "Checksum Mismatch"}
 _STATUS: tuple[tuple[type[errors.ImgsvcError], int], ...] = (
     (errors.Invalid, HTTPStatus.BAD_REQUEST),
     (errors.TooLarge, HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
+    (errors.Forbidden, HTTPStatus.FORBIDDEN),
     (errors.Gone, HTTPStatus.GONE),
     (errors.NotFound, HTTPStatus.NOT_FOUND),
     (errors.Conflict, HTTPStatus.CONFLICT),
