@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import socket
 import threading
 from collections.abc import Coroutine, Iterator
@@ -55,6 +56,8 @@ class Context:
     def __init__(self, settings: Settings, port: int) -> None:
         """Opens the stores; `port` is the one that the service listens on. Raises ConfigError."""
         self.settings = settings
+        # Seconds that an upload whose bytes are whole waits for the records: as long as a cluster may need.
+        self.grace = settings.cluster.etcd_grace if settings.metadata_store.type == "etcd" else 0.0
         self.not_ready: str | None = "the service is starting"
         self._background: set[asyncio.Task[None]] = set()
         self._following = False
@@ -65,7 +68,7 @@ class Context:
             self._hashers = ThreadPoolExecutor(2, thread_name_prefix="hash")
             opened.callback(self._hashers.shutdown)
             self.records_pool = _opened(opened, Pool("records", 16, patience=1.5, limit=_ANSWER_SECONDS))
-            self.ends_pool = _opened(opened, Pool("ends", 16, limit=_ANSWER_SECONDS))
+            self.ends_pool = _opened(opened, Pool("ends", 16, limit=min(_ANSWER_SECONDS, self.grace or math.inf)))
             self.reads_pool = _opened(opened, Pool("reads", 8))
             self.bytes_pool = _opened(opened, Pool("bytes", 8))
             self.health_pool = _opened(opened, Pool("health", 2, patience=1.5))

@@ -190,6 +190,10 @@ class Request:
             finally:
                 self._end(Incomplete("the request is over"))
 
+    @property
+    def unsettled(self) -> bool:
+        return self._transfer.unsettled
+
     def complete(self) -> Progress:
         """How far the upload is after the request. Raises as `Transfer.complete` does."""
         if self._progress is not None:

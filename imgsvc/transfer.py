@@ -63,7 +63,7 @@ class Transfer:
         self._call_ended = ended
         self._bytes = threading.Lock()
         self._record = threading.Lock()
-        self._over = False
+        self._over = self._ended = False
         self._began = self._reported = time.monotonic()
 
     @property
@@ -196,11 +196,16 @@ class Transfer:
             self._intake.commit()
             self._over = True
 
+    @property
+    def unsettled(self) -> bool:
+        """Its record has yet to follow. Never blocks."""
+        return self._settlements.waiting(self.image.id)
+
     def complete(self) -> Image:
         """Returns the committed image once its record says that it is complete.
 
-        Raises Conflict when it was deleted meanwhile. After Unavailable or NoSpace the image is whole, and its record
-        follows as soon as it can.
+        Raises Conflict when it was deleted meanwhile. After Unavailable or NoSpace the image is whole, its record
+        follows as soon as it can, and this may be called again.
         """
         try:
             with self._record:
@@ -288,6 +293,9 @@ class Transfer:
 
     def _end(self, outcome: str, reason: Exception | None = None) -> None:
         """Leaves the list of running transfers, with the transfer's one line in the log."""
+        if self._ended:
+            return
+        self._ended = True
         self._call_ended(self)
         seconds = max(time.monotonic() - self._began, 1e-3)
         log.info(

@@ -61,6 +61,9 @@ class Incoming(Protocol):
 
     def complete(self) -> Progress: ...
 
+    @property
+    def unsettled(self) -> bool: ...
+
     def abort(self, reason: ImgsvcError) -> None: ...
 
 
@@ -279,6 +282,7 @@ class _Nothing:
     """A request that brings no bytes to an upload that has them all: its client was not told, or has forgotten."""
 
     cancelled: ImgsvcError | None = None
+    unsettled = False
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import math
 import re
 import secrets
 import sys
@@ -20,7 +21,7 @@ from tornado.iostream import StreamClosedError
 from tornado.web import HTTPError, RequestHandler, stream_request_body
 
 from imgsvc import __version__
-from imgsvc.api.errors import REASONS, error_document, status_of
+from imgsvc.api.errors import REASONS, error_document, fields_of, status_of
 from imgsvc.api.in_flight import InFlight
 from imgsvc.api.progress import acknowledged
 from imgsvc.context import Context
@@ -179,6 +180,11 @@ class BaseHandler(RequestHandler):
         else:
             await self._answer_and_linger(error, small=0 <= size <= MAX_DOCUMENT)
 
+    def say_stale(self, seconds: float | None) -> None:
+        """What is answered comes from memory, and the store was last heard so long ago; None: it comes from there."""
+        if seconds is not None:
+            self.set_header("X-Imgsvc-Stale", str(max(math.ceil(seconds), 1)))
+
     async def drain(self) -> None:
         """Waits until what was written is on its way. Raises IdleTimeout when the client takes nothing for
         `idleTimeout`, StreamClosedError when it has left."""
@@ -288,7 +294,7 @@ class BaseHandler(RequestHandler):
         self.set_status(status, REASONS.get(status))
         if status == HTTPStatus.METHOD_NOT_ALLOWED:
             headers["Allow"] = ", ".join(self.allowed)
-        for name, value in headers.items():
+        for name, value in (fields_of(error) | headers).items():
             self.set_header(name, value)
         self.set_header("Content-Length", str(len(document)))
         self.write(document)

@@ -15,6 +15,10 @@ CHECKSUM_MISMATCH = 460
 
 REASONS = {CHECKSUM_MISMATCH: "Checksum Mismatch"}
 
+# Seconds after which a client may ask again for what cannot be answered now: an election in etcd and a service that
+# starts take no longer when all is well, and else the answer itself takes its time.
+_RETRY_AFTER = 1
+
 # The first class that fits counts, so a subclass stands before its parent.
 _STATUS: tuple[tuple[type[errors.ImgsvcError], int], ...] = (
     (errors.Invalid, HTTPStatus.BAD_REQUEST),
@@ -49,6 +53,13 @@ def status_of(error: BaseException) -> int:
         if isinstance(error, kind):
             return status
     return HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+def fields_of(error: BaseException) -> dict[str, str]:
+    """The header fields that say more of an error, by name."""
+    if status_of(error) == HTTPStatus.SERVICE_UNAVAILABLE:
+        return {"Retry-After": str(_RETRY_AFTER)}
+    return {}
 
 
 def message_of(error: BaseException) -> str:

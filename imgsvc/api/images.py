@@ -96,7 +96,8 @@ class ImagesHandler(ImageAnswer):
         transfer = await self.context.records_pool.run(
             self.context.service.upload, image_type, comment, self.announced_length(), announced_digest(headers)
         )
-        upload = Upload(transfer, self.context.bytes_pool, self.context.ends_pool, self.give_up)
+        context = self.context
+        upload = Upload(transfer, context.bytes_pool, context.ends_pool, self.give_up, grace=context.grace)
         if self._connection.stream.closed():
             await upload.abort(Incomplete("the sender went away before the first byte"))
         self.upload = upload

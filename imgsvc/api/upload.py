@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable
 from typing import Generic, Protocol, TypeVar
 
 from imgsvc.blocks import PATIENCE, Blocks
-from imgsvc.errors import ImgsvcError
+from imgsvc.errors import ImgsvcError, Unavailable
 from imgsvc.pools import Pool
+
+# Seconds between two looks at whether a record has followed.
+_LOOK = 0.05
 
 Result_co = TypeVar("Result_co", covariant=True)
 Result = TypeVar("Result")
@@ -26,6 +30,9 @@ class Taker(Protocol[Result_co]):
     def commit(self) -> None: ...
 
     def complete(self) -> Result_co: ...
+
+    @property
+    def unsettled(self) -> bool: ...
 
     def abort(self, reason: ImgsvcError) -> None: ...
 
@@ -44,14 +51,18 @@ class Upload(Generic[Result]):
         records: Pool,
         give_up: Callable[[Exception], Awaitable[None]],
         *,
+        grace: float,
         resumable: bool = False,
         offset: int = 0,
     ) -> None:
-        """What was gathered is written before an abort of one that is `resumable`, and begins at the `offset`."""
+        """What was gathered is written before an abort of one that is `resumable`, and begins at the `offset`. When the
+        bytes are whole and the record's store does not answer, that is waited for, for `grace` seconds."""
         self._resumable = resumable
         self._transfer = transfer
         self._disk = disk
         self._records = records
+        self._grace = grace
+        self._aborted = False
         self._blocks = Blocks(offset)
         self._in_order = asyncio.Lock()
         self._writing: asyncio.Future[None] | None = None
@@ -69,10 +80,17 @@ class Upload(Generic[Result]):
         while await self._write():
             pass
         await self._disk.run(self._transfer.commit)
-        return await self._records.run(self._transfer.complete)
+        latest = time.monotonic() + self._grace
+        while True:
+            try:
+                return await self._records.run(self._transfer.complete)
+            except Unavailable:
+                if not await self._settled_by(latest):
+                    raise
 
     async def abort(self, reason: ImgsvcError) -> None:
         """Ends the upload, unless it has ended, as `Taker.abort` does."""
+        self._aborted = True
         if asyncio.current_task() is not self._watch:
             self._watch.cancel()
         if self._resumable:
@@ -82,6 +100,14 @@ class Upload(Generic[Result]):
         if writing is not None:
             await asyncio.wait({writing})
             writing.exception()  # the reason is known; this one came after it
+
+    async def _settled_by(self, latest: float) -> bool:
+        """Whether the record, which follows by itself, says by then what became of the image. Holds no thread."""
+        while self._transfer.unsettled:
+            if self._aborted or time.monotonic() >= latest:
+                return False
+            await asyncio.sleep(_LOOK)
+        return True
 
     async def _write_rest(self) -> None:
         with contextlib.suppress(ImgsvcError):  # it is over anyway

@@ -12,9 +12,6 @@ from imgsvc.api.upload import Upload
 from imgsvc.errors import ImgsvcError, Incomplete, TooLarge
 from imgsvc.resumable import ALGORITHMS, Checksum, Progress
 
-# Seconds after which a client may ask again for what cannot be answered now.
-_RETRY_AFTER = "1"
-
 
 class TusHandler(BaseHandler):
     """What both kinds of paths share."""
@@ -78,7 +75,15 @@ class TusHandler(BaseHandler):
         """Has the upload wait for the body."""
         request = await self.context.records_pool.run(self.context.uploads.go_on, image_id, offset, length, checksum)
         context = self.context
-        incoming = Upload(request, context.bytes_pool, context.ends_pool, self.give_up, resumable=True, offset=offset)
+        incoming = Upload(
+            request,
+            context.bytes_pool,
+            context.ends_pool,
+            self.give_up,
+            grace=context.grace,
+            resumable=True,
+            offset=offset,
+        )
         if self._connection.stream.closed():
             await incoming.abort(Incomplete("the sender went away before the first byte"))
         self.incoming = incoming
@@ -96,11 +101,6 @@ class TusHandler(BaseHandler):
         self.set_header("Upload-Offset", str(progress.offset))
         if progress.expires is not None:
             self.set_header("Upload-Expires", tus.expiry(progress.expires))
-
-    def _write_error_document(self, error: BaseException, **headers: str) -> None:
-        super()._write_error_document(error, **headers)
-        if self.get_status() == HTTPStatus.SERVICE_UNAVAILABLE:
-            self.set_header("Retry-After", _RETRY_AFTER)
 
 
 class UploadsHandler(TusHandler):

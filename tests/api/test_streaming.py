@@ -193,6 +193,70 @@ class TestUpload:
         assert service.listed()[0].status is final
 
     @pytest.mark.gen_test
+    async def test_records_that_are_back_soon(self, http_server: HTTPServer, http_port: int, service: Service) -> None:
+        """An upload whose bytes are whole waits for them, holds no thread meanwhile, and is answered as if nothing had
+        been."""
+        service.context.grace = 5.0
+        service.faults.always("update")
+        async with connected(http_port) as wire:
+            await wire.send(PUT + b"Connection: close\r\nContent-Length: 5\r\n\r\nbytes")
+            await until(lambda: list(service.disk.ids()) != [])
+            await asyncio.sleep(0.6)
+            service.faults.heal()
+            head, body = await wire.answer()
+        assert head.startswith(b"HTTP/1.1 200")
+        assert json.loads(body) == service.listed()[0].to_document()
+        assert service.listed()[0].status is Status.COMPLETE
+
+    @pytest.mark.gen_test
+    async def test_a_deletion_that_was_not_heard_of(
+        self, http_server: HTTPServer, http_port: int, service: Service
+    ) -> None:
+        """What the records say once they are back is the answer, be it an error."""
+        service.context.grace = 5.0
+        service.faults.always("update")
+        async with connected(http_port) as wire:
+            await wire.send(PUT + b"Connection: close\r\nContent-Length: 5\r\n\r\nbytes")
+            await until(lambda: list(service.disk.ids()) != [])
+            service.base.delete(service.listed()[0].id)
+            service.faults.heal()
+            head, body = await wire.answer()
+        check_refused(service, head, body, 409, "the image was deleted during its transfer")
+
+    @pytest.mark.gen_test
+    async def test_records_that_are_away_for_long(
+        self, http_server: HTTPServer, http_port: int, service: Service
+    ) -> None:
+        """The sender is told when to ask again; the image is whole, and its record follows."""
+        service.context.grace = 0.5
+        service.faults.always("update")
+        async with connected(http_port) as wire:
+            await wire.send(PUT + b"Connection: close\r\nContent-Length: 5\r\n\r\nbytes")
+            began = time.monotonic()
+            head, body = await wire.answer()
+        assert head.startswith(b"HTTP/1.1 503")
+        assert b"\r\nRetry-After: 1" in head
+        assert json.loads(body)["code"] == 503
+        assert 0.5 <= time.monotonic() - began < 1.5
+        service.faults.heal()
+        await until(lambda: service.listed()[0].status is Status.COMPLETE)
+
+    @pytest.mark.gen_test
+    async def test_a_shutdown_does_not_wait_for_the_records(
+        self, http_server: HTTPServer, http_port: int, service: Service
+    ) -> None:
+        """Longer than it waits for uploads; the next start finds the bytes."""
+        service.context.grace = 30.0
+        service.faults.always("update")
+        async with connected(http_port) as wire:
+            await wire.send(PUT + b"Content-Length: 5\r\n\r\nbytes")
+            await until(lambda: list(service.disk.ids()) != [])
+            await asyncio.wait_for(service.in_flight.drain(0.3), 3.0)
+            head, _ = await wire.answer()
+        assert head.startswith(b"HTTP/1.1 503")
+        assert list(service.disk.ids()) == [service.listed()[0].id]
+
+    @pytest.mark.gen_test
     async def test_a_sender_that_leaves(self, http_server: HTTPServer, http_port: int, service: Service) -> None:
         """Its upload ends in error, nothing of it is kept, and the log says that nobody heard the answer."""
         with capture_logs() as logs:

@@ -87,10 +87,12 @@ def seed() -> int:
 
 @contextmanager
 def two_hosts(
-    cluster: EtcdCluster, prefix: str, directories: pytest.TempPathFactory
+    cluster: EtcdCluster, prefix: str, directories: pytest.TempPathFactory, **settings: object
 ) -> Iterator[tuple[Service, Service]]:
-    """Two hosts that share their records, for more than one test."""
-    one, other = (Service(directories.mktemp(name), **on_etcd(cluster, prefix)) for name in ("one", "other"))
+    """Two hosts that share their records, with these further settings, for more than one test."""
+    one, other = (
+        Service(directories.mktemp(name), **on_etcd(cluster, prefix), **settings) for name in ("one", "other")
+    )
     with one, other:
         yield one, other
 
