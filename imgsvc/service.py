@@ -54,6 +54,16 @@ class ImageService:
         """The documents of all images, or of those of a type, in pages."""
         return self._records.list(image_type)
 
+    @property
+    def stale(self) -> float | None:
+        """Seconds since what `list` shows was known to be all that there is; None when it is now. Never blocks."""
+        return None
+
+    def look(self, image_id: str) -> tuple[Image, float | None]:
+        """As `get`, but also while the records cannot be asked, where this member remembers them: then with the seconds
+        since it last heard of them. Raises Unavailable where it does not."""
+        return self.get(image_id), None
+
     def get(self, image_id: str) -> Image:
         """Raises NotFound, also for what is no id."""
         _require_id(image_id)
@@ -119,12 +129,12 @@ class ImageService:
         except ImgsvcError as error:
             log.error("bytes of a deleted image are left", image=image_id, reason=str(error))
 
-    def open(self, image_id: str) -> tuple[Image, ImageReader]:
-        """A complete image and its bytes, which the caller closes.
+    def open(self, image_id: str) -> tuple[Image, ImageReader, float | None]:
+        """A complete image and its bytes, which the caller closes; and, as `look` has it, how old that knowledge is.
 
         Raises NotFound when there is none, NotComplete when it may not be read, Elsewhere when only other members hold
         its bytes, Unavailable when nobody is known to."""
-        image = self.get(image_id)
+        image, stale = self.look(image_id)
         if image.status is not Status.COMPLETE:
             raise NotComplete(f"image {image.id} is not complete")
         try:
@@ -139,7 +149,7 @@ class ImageService:
             reader.close()
             log.error("bytes of a complete image have changed", image=image.id, bytes=reader.size, size=image.size)
             raise Unavailable(f"the image has {reader.size} bytes on the disk, and should have {image.size}")
-        return image, reader
+        return image, reader, stale
 
     def _open_bytes(self, image_id: str) -> ImageReader:
         if self._digests.doubts(image_id):

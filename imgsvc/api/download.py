@@ -36,7 +36,8 @@ class DownloadHandler(BaseHandler):
     _outlet: Outlet | None = None
 
     async def get(self, image_id: str) -> None:
-        image, reader = await self.context.records_pool.run(self.context.service.open, image_id)
+        image, reader, stale = await self.context.records_pool.run(self.context.service.open, image_id)
+        self.say_stale(stale)
         try:
             await self._answer(image, reader)
         finally:

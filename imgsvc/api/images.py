@@ -39,7 +39,9 @@ class ImagesHandler(ImageAnswer):
     async def get(self) -> None:
         """Lists. Pages are sent as they are read, so that neither memory nor the event loop feels a long list."""
         run = self.context.records_pool.run
-        pages, page = await run(_first_page, self.context.service, self._wanted_type())
+        images = self.context.service
+        pages, page = await run(_first_page, images, self._wanted_type())
+        self.say_stale(images.stale)
         self.write("[")
         while page is not None:
             self.write(page)
@@ -119,7 +121,9 @@ class ImageHandler(ImageAnswer):
         images = self.context.service
         document = images.peek(image_id)  # which is quicker than the way into a thread and back
         if document is None:
-            document = (await self.context.records_pool.run(images.get, image_id)).to_json()
+            image, stale = await self.context.records_pool.run(images.look, image_id)
+            self.say_stale(stale)
+            document = image.to_json()
         self.write_document(document)
 
     head = get
