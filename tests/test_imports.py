@@ -103,7 +103,14 @@ RULES: tuple[Only | AtMost, ...] = (
         "a metadata store knows records, and nothing of who uses it",
     ),
     AtMost(
-        ("imgsvc.errors", "imgsvc.metadata.image", "imgsvc.values", "imgsvc.etcd_messages", "imgsvc.etcd_layout"),
+        (
+            "imgsvc.errors",
+            "imgsvc.metadata.image",
+            "imgsvc.values",
+            "imgsvc.etcd_messages",
+            "imgsvc.etcd_layout",
+            "imgsvc.cluster.rendezvous",
+        ),
         (),
         "it is the very bottom",
     ),
