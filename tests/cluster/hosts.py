@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
@@ -24,7 +24,8 @@ from tests.images.helpers import content, put
 
 
 class Host:
-    """`copied` are the ids of the images that it took a copy of, `failure` makes it fail, and `pause` delays it."""
+    """`copied` are the ids of the images that it took a copy of, `failure` makes it fail, `pause` delays it, and it waits for the
+    `gate`."""
 
     def __init__(self, hosts: Hosts, member: str, directory: Path) -> None:
         self.id = member
@@ -32,6 +33,8 @@ class Host:
         self.copied: list[str] = []
         self.failure: Exception | None = None
         self.pause = 0.0
+        self.gate = threading.Event()
+        self.gate.set()
         self.trusted = True
         self.busiest = 0
         self.tried: Counter[str] = Counter()
@@ -62,6 +65,7 @@ class Host:
             self.busiest = max(self.busiest, self._busy)
         try:
             time.sleep(self.pause + (throttle.take(image.size) if throttle else 0.0))
+            self.gate.wait()
             if self.failure is not None:
                 raise self.failure
             known = self.mirror.get(image.id)
@@ -81,7 +85,8 @@ class Hosts:
 
     def __init__(self, directory: Path, count: int) -> None:
         self._lock = threading.Lock()
-        self._stores, self._running = ExitStack(), ExitStack()
+        self._stores = ExitStack()
+        self._replicators: list[Replicator] = []
         self._hosts = {name: Host(self, name, directory / name) for name in (f"host-{n}" for n in range(count))}
         for host in self._hosts.values():
             self._stores.callback(host.images.close)
@@ -104,10 +109,16 @@ class Hosts:
     def start(self, *, wanted: int = 2, delay: float = 0.0, rate: int = 0, turn: float = 30.0) -> None:
         settings = ClusterSettings(replicas=wanted, rebalance_delay=delay, copy_bytes_per_second=rate)
         for host in self:
-            self._running.enter_context(closing(host.start(settings, turn)))
+            self._replicators.append(host.start(settings, turn))
 
     def stop(self) -> None:
-        self._running.close()
+        """Ends all at once, and the copies that are held up."""
+        for replicator in self._replicators:
+            replicator.stop()
+        for host in self:
+            host.gate.set()
+        for replicator in self._replicators:
+            replicator.close()
 
     def upload(self, member: str, size: int = 1000, image_id: str = "") -> str:
         """An image that the member alone holds; returns its id."""
