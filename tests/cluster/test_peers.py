@@ -60,6 +60,11 @@ class TestSignatures:
         with pytest.raises(Forbidden):
             asked(fields | {name: value})
 
+    def test_made_younger(self, fields: dict[str, str]) -> None:
+        """Nobody can use it for longer than it was meant for."""
+        with pytest.raises(Forbidden, match="wrong"):
+            asked(fields | {TIME: str(int(fields[TIME]) + 5)})
+
     def test_in_capitals(self, fields: dict[str, str]) -> None:
         """There is one way to write it."""
         with pytest.raises(Forbidden, match="wrong"):
@@ -67,7 +72,7 @@ class TestSignatures:
 
     def test_no_secret_there(self) -> None:
         """A member that was not given the secret is told so."""
-        with pytest.raises(Forbidden, match=r"cluster\.secret"):
+        with pytest.raises(Forbidden, match=r"has member a the cluster\.secret"):
             asked(Signatures("", "a").fields("GET", PATH))
 
     def test_another_secret(self, fields: dict[str, str]) -> None:
