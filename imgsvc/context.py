@@ -8,13 +8,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
 import socket
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import structlog
+
+from imgsvc.cluster.this_member import ThisMember
 from imgsvc.digests import Digests
 from imgsvc.errors import ConfigError
 from imgsvc.fetcher import Fetcher
@@ -25,19 +29,22 @@ from imgsvc.images.store import ImageStore
 from imgsvc.maintenance import Maintenance
 from imgsvc.metadata.kvite import open_kvite
 from imgsvc.metadata.memory import MemoryMetadataStore
+from imgsvc.metadata.mirror import LiveMember, Mirror
 from imgsvc.metadata.sqlite import SqliteMetadataStore
 from imgsvc.metadata.store import Member, MetadataStore
 from imgsvc.pools import Pool
 from imgsvc.room import Room
 from imgsvc.scrubber import Scrubber
 from imgsvc.service import ImageService
-from imgsvc.settings import MetadataStoreSettings, Settings
+from imgsvc.settings import Settings
 from imgsvc.settlements import Settlements
 from imgsvc.transfers import Transfers
 from imgsvc.uploads import Uploads
 
 # Within which a request gets its answer although a store hangs: soon enough for one that promises it within ten.
 _ANSWER_SECONDS = 8.0
+
+log = structlog.get_logger()
 
 
 class _Closable(Protocol):
@@ -72,13 +79,16 @@ class Context:
             self.reads_pool = _opened(opened, Pool("reads", 8))
             self.bytes_pool = _opened(opened, Pool("bytes", 8))
             self.health_pool = _opened(opened, Pool("health", 2, patience=1.5))
+            self.members_pool = _opened(opened, Pool("members", 1, patience=1.5))
             self.images = _opened(opened, _open_images(settings))
             member = Member(
                 id=self.images.member,
                 site=_site(self.images),
-                url=f"http://{_reachable(settings.host)}:{port}",
+                url=settings.cluster.advertise_url or f"http://{_reachable(settings.host)}:{port}",
             )
-            self.records = _open_records(settings, member, self.images, opened)
+            self._this = ThisMember(member, self.images)
+            self.mirror = Mirror() if settings.metadata_store.type == "etcd" else None
+            self.records = _open_records(settings, member, opened, self._this)
             self._wire()
             self._opened = opened.pop_all()
 
@@ -112,6 +122,12 @@ class Context:
         self._scrubber.start()
         self._settled.set()
         self.not_ready = None
+
+    def members(self) -> Sequence[LiveMember]:
+        """The live ones, in the order of their ids: this one, where records are not shared. That may block."""
+        if self.mirror is None:
+            return [self._this.measured()]
+        return sorted(self.mirror.members().values(), key=lambda member: member.id)
 
     def in_background(self, work: Coroutine[Any, Any, None]) -> None:
         """Has `work` done although no request waits for it; `finish_background` does."""
@@ -157,11 +173,20 @@ def opened_beside(settings: Settings) -> Iterator[tuple[ImageStore, MetadataStor
     with contextlib.ExitStack() as opened:
         images = _opened(opened, FilesystemImageStore(settings.image_store.directory, beside=True))
         member = Member(id=images.member, site=_site(images), url="")
-        yield images, _open_records(settings, member, images, opened, beside=True)
+        yield images, _open_records(settings, member, opened)
 
 
 def _site(images: ImageStore) -> str:
     return f"{socket.gethostname()}:{images.place}"
+
+
+def _seat(settings: Settings) -> str:
+    """Names the place of this process: the directory that it has locked, on this machine since it was booted."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    if settings.image_store.type == "memory":
+        return f"{boot}/{os.getpid()}"
+    found = settings.image_store.directory.stat()
+    return f"{boot}/{found.st_dev}:{found.st_ino}"
 
 
 def _reachable(host: str) -> str:
@@ -184,11 +209,15 @@ def _open_images(settings: Settings) -> ImageStore:
 
 
 def _open_records(
-    settings: Settings, member: Member, images: ImageStore, opened: contextlib.ExitStack, *, beside: bool = False
+    settings: Settings,
+    member: Member,
+    opened: contextlib.ExitStack,
+    this: ThisMember | None = None,
 ) -> MetadataStore:
+    """`this` is the member that transfers; None for a work beside it."""
     wanted = settings.metadata_store
     if wanted.type == "etcd":
-        return _open_etcd(wanted, member, images, opened, beside=beside)
+        return _open_etcd(settings, member, opened, this)
     if wanted.type == "memory":
         return MemoryMetadataStore(member)
     _make_data_dir(settings, wanted.filename)
@@ -202,13 +231,14 @@ def _open_records(
 
 
 def _open_etcd(
-    wanted: MetadataStoreSettings, member: Member, images: ImageStore, opened: contextlib.ExitStack, *, beside: bool
+    settings: Settings, member: Member, opened: contextlib.ExitStack, this: ThisMember | None
 ) -> MetadataStore:
     # Late: who does without etcd need not load gRPC.
     from imgsvc.cluster.membership import Membership, NoLease  # noqa: PLC0415
     from imgsvc.etcd import Etcd  # noqa: PLC0415
-    from imgsvc.metadata.etcd import EtcdMetadataStore  # noqa: PLC0415
+    from imgsvc.metadata.etcd import EtcdMetadataStore, Leases  # noqa: PLC0415
 
+    wanted = settings.metadata_store
     etcd = _opened(
         opened,
         Etcd(
@@ -220,9 +250,14 @@ def _open_etcd(
             password=wanted.password,
         ),
     )
-    leases = (
-        NoLease() if beside else _opened(opened, Membership(etcd, wanted.prefix, member, lambda: images.space().free))
-    )
+    leases: Leases = NoLease()
+    if this is not None:
+        if not settings.cluster.secret:
+            log.warning(
+                "without cluster.secret, whoever reaches this service is believed to be a member of the cluster"
+            )
+        ttl = settings.cluster.lease_ttl
+        leases = _opened(opened, Membership(etcd, wanted.prefix, this, seat=_seat(settings), ttl=ttl))
     return _opened(opened, EtcdMetadataStore(etcd, wanted.prefix, member, leases))
 
 

@@ -82,8 +82,14 @@ RULES: tuple[Only | AtMost, ...] = (
         besides=("imgsvc.metadata.store", "imgsvc.metadata.image", "imgsvc.metadata.mirror"),
     ),
     Only(
-        ("imgsvc.etcd*", "imgsvc.cluster.membership"),
-        ("imgsvc.etcd*", "imgsvc.cluster.membership", "imgsvc.metadata.etcd*", "imgsvc.context"),
+        ("imgsvc.etcd*", "imgsvc.cluster.membership", "imgsvc.cluster.member_key"),
+        (
+            "imgsvc.etcd*",
+            "imgsvc.cluster.membership",
+            "imgsvc.cluster.member_key",
+            "imgsvc.metadata.etcd*",
+            "imgsvc.context",
+        ),
         "who keeps records elsewhere need not load gRPC",
     ),
     AtMost(

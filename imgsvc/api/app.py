@@ -11,6 +11,7 @@ from imgsvc.api.download import DownloadHandler
 from imgsvc.api.health import HealthHandler, ReadyHandler
 from imgsvc.api.images import ImageHandler, ImagesHandler
 from imgsvc.api.in_flight import InFlight
+from imgsvc.api.members import MembersHandler
 from imgsvc.api.uploads import UploadHandler, UploadsHandler
 from imgsvc.context import Context
 
@@ -35,6 +36,7 @@ def make_app(context: Context, in_flight: InFlight) -> Application:
             *register_image_routes("/images", context, in_flight),
             url(r"/uploads/?", UploadsHandler, arguments),
             url(r"/uploads/([^/]+)/?", UploadHandler, arguments),
+            url(r"/members/?", MembersHandler, arguments),
             url(r"/healthz/?", HealthHandler, arguments),
             url(r"/readyz/?", ReadyHandler, arguments),
         ],

@@ -1,35 +1,34 @@
-"""Who is there: this host's lease in etcd, and what it says of itself on it."""
+"""Who is there: this host's lease in etcd, with what it says of itself on it."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import socket
 import threading
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 
 import structlog
 
-from imgsvc import __version__
+from imgsvc.cluster.member_key import MemberKey
+from imgsvc.cluster.this_member import ThisMember
 from imgsvc.deadline import time_left
 from imgsvc.errors import ImgsvcError, Unavailable
 from imgsvc.etcd import Etcd, LeaseLost
-from imgsvc.etcd_layout import Layout
-from imgsvc.etcd_messages import put
-from imgsvc.metadata.image import format_time
-from imgsvc.metadata.store import Member
 
 LEASE_SECONDS = 10
-# How often the member's free space is told anew.
-_REPORT_SECONDS = 60
 # Between attempts while etcd is away.
 _RETRY_SECONDS = 1.0
 # How long a caller waits for a lease while there is none: a little more than a grant takes when all is well.
 _PATIENCE_SECONDS = 2.0
 
-_log = structlog.get_logger()
+log = structlog.get_logger()
+
+
+def _now() -> float:
+    """Seconds by a clock that nobody sets, and that goes on while the machine sleeps: `time.monotonic` does not, and
+    would believe in a lease that ran out meanwhile. A virtual machine that its host stops knows of nothing when it goes
+    on, by whatever clock; then it is etcd that refuses what is written with the old lease."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class Membership:
@@ -38,32 +37,29 @@ class Membership:
     What is put on the lease goes when this host dies, or is cut off for that long.
     """
 
-    def __init__(
-        self, etcd: Etcd, prefix: str, member: Member, free_space: Callable[[], int], ttl: int = LEASE_SECONDS
-    ) -> None:
-        """`free_space` tells the bytes that this member can still take; it may raise an ImgsvcError."""
+    def __init__(self, etcd: Etcd, prefix: str, this: ThisMember, *, seat: str, ttl: int = LEASE_SECONDS) -> None:
+        """`seat` as `MemberKey` has it."""
         self._etcd = etcd
-        self._key = Layout(prefix).member(member.id)
-        self._member = member
-        self._free_space = free_space
+        self._id = this.id
         self._ttl = ttl
-        self._started = format_time(datetime.now(UTC))
+        self._key = MemberKey(etcd, prefix, this, seat)
         self._restore: list[Callable[[int], None]] = []
         self._changed = threading.Condition()
         self._lease: int | None = None
+        self._announced = False
         self._trusted_until = 0.0
-        self._reported = 0.0
         self._trouble = ""
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="etcd-lease", daemon=True)
         self._thread.start()
+        self._key.start(self._key_lost)
 
     @property
     def lease_id(self) -> int | None:
         """The lease, or None while it cannot be relied on."""
         with self._changed:
-            return self._lease if time.monotonic() < self._trusted_until else None
+            return self._lease if _now() < self._trusted_until else None
 
     def lease(self, lost: int | None = None) -> int:
         """A lease to put keys on; waits a moment for one. `lost` is one that etcd no longer knows.
@@ -73,7 +69,8 @@ class Membership:
         with self._changed:
             if lost is not None and lost == self._lease:
                 self._trusted_until = 0.0
-                self._wake.set()
+            if self.lease_id is None and not self._trouble:
+                self._wake.set()  # it was lost just now, or while the machine slept
             self._changed.wait_for(
                 lambda: self._stop.is_set() or self.lease_id not in (None, lost), time_left(_PATIENCE_SECONDS)
             )
@@ -92,13 +89,12 @@ class Membership:
             return
         self._stop.set()
         self._wake.set()
+        self._key.close()
         self._thread.join()
         with self._changed:
             self._trusted_until, self._trouble = 0.0, "it is leaving"
             self._changed.notify_all()
-        if self._lease is not None:
-            with contextlib.suppress(ImgsvcError):
-                self._etcd.revoke(self._lease, timeout=1)
+        self._end_lease()
 
     def _run(self) -> None:
         while not self._stop.is_set():
@@ -106,22 +102,31 @@ class Membership:
                 self._renew()
                 self._trouble = ""
             except ImgsvcError as error:
-                if not self._trouble:
-                    _log.warning("lease not renewed", member=self._member.id, reason=str(error))
-                self._trouble = str(error)
+                self._in_trouble(str(error))
+            except Exception as error:  # a member whose thread dies would never have a lease again
+                log.exception("lease not renewed", member=self._id)
+                self._trouble = repr(error)
             self._wake.wait(_RETRY_SECONDS if self._trouble else self._ttl / 3)
             self._wake.clear()
+
+    def _in_trouble(self, reason: str) -> None:
+        if not self._trouble:
+            log.warning("lease not renewed", member=self._id, reason=reason)
+        self._trouble = reason
 
     def _renew(self) -> None:
         """One attempt, of which no step takes longer than a third of the lease."""
         # etcd counts from when it hears of it, which is later: what we believe always ends first.
-        asked = time.monotonic()
-        lease = self._kept() or self._new_lease()
+        asked = _now()
+        lease = self._kept()
+        if lease is None:
+            self._distrust()
+            asked, lease = self._new_lease()
+        elif not self._announced:
+            self._announce(lease)
         with self._changed:
             self._lease, self._trusted_until = lease, asked + self._ttl
             self._changed.notify_all()
-        if asked > self._reported + _REPORT_SECONDS:
-            self._report(lease)
 
     def _kept(self) -> int | None:
         """The lease, with its full time again; None when there is none any more."""
@@ -131,29 +136,42 @@ class Membership:
                 return self._lease
         return None
 
-    def _new_lease(self) -> int:
+    def _new_lease(self) -> tuple[float, int]:
+        """When it was asked for, and the lease."""
+        self._key.require_free(self._ttl / 3)
+        asked = _now()
         lease = self._etcd.grant(self._ttl, timeout=self._ttl / 3)
-        self._report(lease)
+        self._key.put(lease, self._ttl / 3)
         for restore in self._restore:
             restore(lease)
-        _log.info("lease granted", member=self._member.id, lease=f"{lease:x}")
-        return lease
+        self._announced = True
+        log.info("lease granted", member=self._id, lease=f"{lease:x}")
+        return asked, lease
 
-    def _report(self, lease: int) -> None:
-        self._etcd.transact([], [put(self._key, json.dumps(self._description()), lease)], timeout=self._ttl / 3)
-        self._reported = time.monotonic()
+    def _announce(self, lease: int) -> None:
+        """Again, on the lease that there is. Where another member has taken our name meanwhile, we own nothing."""
+        try:
+            self._key.require_free(self._ttl / 3)
+            self._key.put(lease, self._ttl / 3)
+        except ImgsvcError:
+            self._distrust()
+            self._end_lease()
+            raise
+        self._announced = True
 
-    def _description(self) -> dict[str, object]:
-        free: int | None = None
-        with contextlib.suppress(ImgsvcError):
-            free = self._free_space()
-        return {
-            "url": self._member.url,
-            "version": __version__,
-            "free": free,
-            "host": socket.gethostname(),
-            "started": self._started,
-        }
+    def _distrust(self) -> None:
+        with self._changed:
+            self._trusted_until = 0.0
+
+    def _key_lost(self) -> None:
+        self._announced = False
+        self._wake.set()
+
+    def _end_lease(self) -> None:
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            with contextlib.suppress(ImgsvcError):
+                self._etcd.revoke(lease, timeout=1)
 
 
 class NoLease:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Self
 
 from imgsvc.errors import ConfigError, Conflict, NotFound, Unavailable
+from imgsvc.images.counting import Count
 from imgsvc.images.directory import Directory, write_all
 from imgsvc.images.files import NOTES, FileReader, FileWriter, disk_full, image_size, translated
 from imgsvc.images.store import ImageReader, ImageWriter, Space, require_id
@@ -57,6 +58,7 @@ class FilesystemImageStore:
         self._lock = threading.Lock()
         self._probing = threading.Lock()
         self._writing: set[str] = set()
+        self._count = Count(self._changed, self.ids)
         with self._required():
             if not self._path.parent.is_dir():
                 raise ConfigError(f"image directory {self._path} cannot be made: there is no {self._path.parent}")
@@ -152,6 +154,9 @@ class FilesystemImageStore:
     def ids(self) -> Iterator[str]:
         return self._ids(".")
 
+    def count(self) -> int:
+        return self._count.get()
+
     def quarantine(self, image_id: str, read: ImageReader | None = None) -> None:
         name = require_id(image_id)
         self._require_marked()
@@ -213,6 +218,10 @@ class FilesystemImageStore:
 
     def close(self) -> None:
         self._directory.close()
+
+    def _changed(self) -> int:
+        with translated("look at the image directory"):
+            return self._directory.stat(".").st_mtime_ns
 
     def _ids(self, path: str) -> Iterator[str]:
         with translated("list the image directory"):

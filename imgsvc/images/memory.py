@@ -100,6 +100,9 @@ class MemoryImageStore:
             self._require_open()
             return iter(list(self._images))
 
+    def count(self) -> int:
+        return sum(1 for _ in self.ids())
+
     def quarantine(self, image_id: str, read: ImageReader | None = None) -> None:
         require_id(image_id)
         with self._lock:

@@ -138,6 +138,9 @@ class ImageStore(Protocol):
     def ids(self) -> Iterator[str]:
         """The ids of all committed images. Files that are not named by an id are not looked at."""
 
+    def count(self) -> int:
+        """How many images are committed: for people, and cheap, so it may be a little old where there are many."""
+
     def quarantine(self, image_id: str, read: ImageReader | None = None) -> None:
         """Sets a committed image aside, for good when this returns: it is no image any more, and its bytes are kept
         until a person removes them. What was set aside under this id before is kept as well.

@@ -16,9 +16,11 @@ import pytest
 
 from imgsvc import __version__
 from imgsvc.cluster.membership import Membership
+from imgsvc.cluster.this_member import ThisMember
 from imgsvc.errors import Unavailable
 from imgsvc.etcd import Etcd
 from imgsvc.etcd_layout import Layout
+from imgsvc.images.memory import MemoryImageStore
 from imgsvc.metadata.image import parse_time
 from tests.etcd_cluster import EtcdCluster
 from tests.metadata.etcd_store import OwnedEtcdStore, new_member, open_store
@@ -183,27 +185,27 @@ class TestLife:
             time.sleep(0.05)
 
     def test_what_it_says(self, store: OwnedEtcdStore, observer: OwnedEtcdStore) -> None:
-        """Where a member is, what it runs, what it can take, and since when."""
+        """Where a member is, what it runs, what it holds and can take, and since when."""
         said = members(observer)[store.member.id]
         started = said.pop("started")
         assert said == {
             "url": store.member.url,
             "version": __version__,
-            "free": 123,
+            "free": 64 << 20,
+            "total": 64 << 20,
+            "images": 0,
             "host": socket.gethostname(),
+            "seat": store.member.site,
         }
         assert isinstance(started, str)
         assert parse_time(started) is not None
 
     def test_a_disk_in_trouble(self, etcd: EtcdCluster, etcd_prefix: str) -> None:
         """A member whose disk cannot tell its space is a member still."""
-
-        def trouble() -> int:
-            raise Unavailable("the disk is gone")
-
-        member = new_member()
+        member, images = new_member(), MemoryImageStore()
+        images.close()
         with closing(Etcd(etcd.endpoints)) as connection:
-            membership = Membership(connection, etcd_prefix, member, trouble)
+            membership = Membership(connection, etcd_prefix, ThisMember(member, images), seat="here")
             with closing(membership):
                 membership.lease()
                 (item,) = connection.range(Layout(etcd_prefix).member(member.id)).items

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from imgsvc.cluster.membership import LEASE_SECONDS, Membership
+from imgsvc.cluster.this_member import ThisMember
 from imgsvc.etcd import Etcd
+from imgsvc.images.memory import MemoryImageStore
 from imgsvc.metadata.etcd import EtcdMetadataStore
 from imgsvc.metadata.image import new_id
 from imgsvc.metadata.store import Member
@@ -17,7 +19,7 @@ class OwnedEtcdStore(EtcdMetadataStore):
     def __init__(self, etcd: Etcd, prefix: str, member: Member, ttl: int = LEASE_SECONDS) -> None:
         self.etcd = etcd
         self.member = member
-        self.membership = Membership(etcd, prefix, member, lambda: 123, ttl)
+        self.membership = Membership(etcd, prefix, ThisMember(member, MemoryImageStore()), seat=member.site, ttl=ttl)
         super().__init__(etcd, prefix, member, self.membership)
 
     def close(self) -> None:
