@@ -15,6 +15,8 @@ from email.message import Message
 from io import BufferedReader
 from typing import Any, BinaryIO, Self, cast
 
+from tests.namespaces import HERE, Place
+
 _TIMEOUT = 30.0
 
 Body = bytes | BinaryIO | Iterable[bytes]
@@ -38,21 +40,37 @@ class Answer:
         return str(self.json()["message"])
 
 
-class Client:
-    """Asks the service at a port of 127.0.0.1; each request has its own connection."""
+class _Connection(http.client.HTTPConnection):
+    """From a place."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, place: Place, address: str, port: int, timeout: float) -> None:
+        super().__init__(address, port, timeout=timeout)
+        self._place = place
+
+    def connect(self) -> None:
+        with self._place.entered():
+            super().connect()
+
+
+class Client:
+    """Asks the service at a port of an address; each request has its own connection, made in the place `seen_from`.
+    `timeout` is how many seconds it waits for the service to take or to send anything."""
+
+    def __init__(self, port: int, address: str = "127.0.0.1", seen_from: Place = HERE) -> None:
         self.port = port
+        self.address = address
+        self.seen_from = seen_from
+        self.timeout = _TIMEOUT
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.address}:{self.port}"
 
     def request(self, method: str, path: str, body: Body | None = None, headers: Headers | None = None) -> Answer:
         """A body that is an iterable is sent chunked unless the headers have its length, any other with its length."""
         pieces = body is not None and not isinstance(body, bytes) and not hasattr(body, "read")
         chunked = pieces and "Content-Length" not in (headers or {})
-        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=_TIMEOUT)) as connection:
+        with closing(_Connection(self.seen_from, self.address, self.port, self.timeout)) as connection:
             sent = dict(headers or {})
             if chunked:
                 sent["Transfer-Encoding"] = "chunked"
@@ -116,13 +134,22 @@ class Client:
 class Connection:
     """A raw TCP connection to the service: sends any bytes, and reads answers one by one."""
 
-    def __init__(self, port: int, *, receive_buffer: int | None = None, timeout: float = 10.0) -> None:
-        self._socket = socket.socket()
+    def __init__(
+        self,
+        port: int,
+        *,
+        address: str = "127.0.0.1",
+        seen_from: Place = HERE,
+        receive_buffer: int | None = None,
+        timeout: float = 10.0,
+    ) -> None:
+        with seen_from.entered():
+            self._socket = socket.socket()
         if receive_buffer is not None:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self._socket.settimeout(timeout)
         try:
-            self._socket.connect(("127.0.0.1", port))
+            self._socket.connect((address, port))
         except OSError:
             self._socket.close()
             raise

@@ -1,3 +1,12 @@
 """Fixtures that more than one folder of tests uses."""
 
-pytest_plugins = ["tests.etcd_cluster", "tests.mounts", "tests.raw_peer", "tests.rooms", "tests.zfs"]
+# Each behind those that it imports, as pytest wants to see a plugin first.
+pytest_plugins = [
+    "tests.namespaces",
+    "tests.etcd_cluster",
+    "tests.cluster_of_three",
+    "tests.mounts",
+    "tests.raw_peer",
+    "tests.rooms",
+    "tests.zfs",
+]

@@ -26,6 +26,7 @@ from typing import Any, Self
 import pytest
 
 from tests.harness import freeze
+from tests.namespaces import HERE, Place
 
 # Enough for an election on a busy machine, and still short beside the time-outs under test.
 _START_SECONDS = 30.0
@@ -80,7 +81,8 @@ def _openssl(*arguments: str | Path) -> None:
 
 
 class EtcdCluster:
-    """`size` members, started and healthy. With a password, only the user root gets in."""
+    """`size` members, started and healthy; each in one of `places`, if there are any, and watched from `seen_from`. With
+    a password, only the user root gets in."""
 
     def __init__(
         self,
@@ -89,6 +91,8 @@ class EtcdCluster:
         certificates: Certificates | None = None,
         password: str | None = None,
         flags: Sequence[str] = (),
+        places: Sequence[Place] = (),
+        seen_from: Place = HERE,
     ) -> None:
         program = etcd_program()
         if program is None:
@@ -97,13 +101,15 @@ class EtcdCluster:
         self._directory = tempfile.TemporaryDirectory(prefix="imgsvc-etcd-")
         self._certificates = certificates
         self._flags = [*flags, *_speed_flags(program)]
+        self.places = places or [HERE] * size
+        self._seen_from = seen_from
         self._clients, self._peers, self._metrics = (
-            [_free_port() for _ in range(size)],
-            [_free_port() for _ in range(size)],
-            [_free_port() for _ in range(size)],
+            [free_port() for _ in range(size)],
+            [free_port() for _ in range(size)],
+            [free_port() for _ in range(size)],
         )
         self._processes: list[subprocess.Popen[bytes] | None] = [None] * size
-        self._frozen: set[int] = set()
+        self.frozen: set[int] = set()
         try:
             for i in range(size):
                 self.start(i)
@@ -118,13 +124,16 @@ class EtcdCluster:
     def endpoints(self) -> list[str]:
         """The URLs for clients."""
         scheme = "https" if self._certificates else "http"
-        return [f"{scheme}://127.0.0.1:{port}" for port in self._clients]
+        return self._urls(self._clients, scheme)
 
     def start(self, i: int) -> None:
         """Starts member i, which is not running; with the data it had, if any. Does not wait until it is healthy."""
         with self._log(i).open("ab") as log:
             self._processes[i] = subprocess.Popen(
-                [self._program, *self._arguments(i)], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                self.places[i].command(self._program, *self._arguments(i)),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
 
     def kill(self, i: int) -> None:
@@ -134,7 +143,7 @@ class EtcdCluster:
             process.kill()
             process.wait()
         self._processes[i] = None
-        self._frozen.discard(i)
+        self.frozen.discard(i)
 
     def wipe(self, i: int) -> None:
         """Removes the data of member i, which is not running, as who sets etcd up anew does."""
@@ -143,25 +152,25 @@ class EtcdCluster:
     def stop(self, i: int) -> None:
         """Freezes member i: its connections stay open, and nothing answers on them."""
         freeze(self._running(i))
-        self._frozen.add(i)
+        self.frozen.add(i)
 
     def cont(self, i: int) -> None:
         """Lets a frozen member go on."""
         self._running(i).send_signal(signal.SIGCONT)
-        self._frozen.discard(i)
+        self.frozen.discard(i)
 
     def restore(self) -> None:
         """Undoes what was done to members; returns when all of them are healthy."""
         for i, process in enumerate(self._processes):
             if process is None:
                 self.start(i)
-            elif i in self._frozen:
+            elif i in self.frozen:
                 self.cont(i)
         self.wait_healthy()
 
     def leader(self) -> int:
         """The index of the member that leads; there must be one among those that answer."""
-        for i in self._answering():
+        for i in self.answering():
             status = self.call("/v3/maintenance/status", {}, i)
             if status.get("leader") == status["header"]["member_id"]:
                 return i
@@ -170,7 +179,7 @@ class EtcdCluster:
     def wait_healthy(self) -> None:
         """Returns when every member that is neither killed nor frozen serves reads and writes."""
         deadline = time.monotonic() + _START_SECONDS
-        waiting = self._answering()
+        waiting = self.answering()
         while waiting:
             waiting = [i for i in waiting if not self._healthy(i)]
             if time.monotonic() > deadline:
@@ -189,7 +198,7 @@ class EtcdCluster:
     def call(self, path: str, body: dict[str, Any], i: int = 0) -> dict[str, Any]:
         """One call of etcd's JSON gateway at member i, without a user."""
         request = urllib.request.Request(self.endpoints[i] + path, json.dumps(body).encode())
-        with urllib.request.urlopen(request, timeout=5, context=self._tls()) as response:
+        with self._seen_from.entered(), urllib.request.urlopen(request, timeout=5, context=self._tls()) as response:
             answer: dict[str, Any] = json.load(response)
         return answer
 
@@ -199,7 +208,7 @@ class EtcdCluster:
         self._directory.cleanup()
 
     def _arguments(self, i: int) -> list[str]:
-        peers = [f"http://127.0.0.1:{port}" for port in self._peers]
+        peers = self._urls(self._peers)
         arguments = [
             f"--name=m{i}",
             f"--data-dir={self._directory.name}/m{i}",
@@ -208,7 +217,7 @@ class EtcdCluster:
             f"--listen-peer-urls={peers[i]}",
             f"--initial-advertise-peer-urls={peers[i]}",
             f"--initial-cluster={','.join(f'm{n}={url}' for n, url in enumerate(peers))}",
-            f"--listen-metrics-urls=http://127.0.0.1:{self._metrics[i]}",
+            f"--listen-metrics-urls={self._urls(self._metrics)[i]}",
             f"--heartbeat-interval={_HEARTBEAT_MS}",
             f"--election-timeout={_ELECTION_MS}",
             "--log-level=warn",
@@ -229,15 +238,17 @@ class EtcdCluster:
         self.call("/v3/auth/user/grant", {"user": "root", "role": "root"})
         self.call("/v3/auth/enable", {})
 
-    def _answering(self) -> list[int]:
-        return [i for i, process in enumerate(self._processes) if process is not None and i not in self._frozen]
+    def answering(self) -> list[int]:
+        """The members that are neither killed nor frozen."""
+        return [i for i, process in enumerate(self._processes) if process is not None and i not in self.frozen]
 
     def _healthy(self, i: int) -> bool:
         process = self._processes[i]
         if process is None or process.poll() is not None:
             raise AssertionError(f"etcd {i} ended by itself:\n{self._tail(i)}")
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self._metrics[i]}/health", timeout=2) as response:
+            url = f"{self._urls(self._metrics)[i]}/health"
+            with self._seen_from.entered(), urllib.request.urlopen(url, timeout=2) as response:
                 return bool(json.load(response)["health"] == "true")
         except (OSError, ValueError):
             return False
@@ -247,6 +258,9 @@ class EtcdCluster:
         if process is None:
             raise AssertionError(f"etcd {i} is not running")
         return process
+
+    def _urls(self, ports: Sequence[int], scheme: str = "http") -> list[str]:
+        return [f"{scheme}://{place.address}:{port}" for place, port in zip(self.places, ports, strict=True)]
 
     def _tls(self) -> ssl.SSLContext | None:
         if self._certificates is None:
@@ -268,7 +282,7 @@ def _speed_flags(program: str) -> list[str]:
     return ["--unsafe-no-fsync"] if "--unsafe-no-fsync" in described.stdout + described.stderr else []
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """One below the range from which the kernel takes outgoing ports, and that no other cluster of this run is given,
     in whatever worker process of pytest, so that a killed member finds it free again."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from tests.client import Client
+from tests.client import Client, Connection
+from tests.namespaces import HERE, Place
 
 _READY_SECONDS = 30.0
 _EXIT_SECONDS = 30.0
@@ -48,19 +49,33 @@ class Census:
     threads: int
 
 
+@dataclass(frozen=True)
+class Site:
+    """Where a service runs, where its client is, and the port; with 0 each start has another one."""
+
+    place: Place = HERE
+    seen_from: Place = HERE
+    port: int = 0
+
+
 class Service(Client):
-    """`imgsvc serve` as a child process on 127.0.0.1, and a client of it.
+    """`imgsvc serve` as a child process on 127.0.0.1, or at another site, and a client of it.
 
     `data_dir` holds all its state, images in `data_dir/images`; other settings are given by the name of their
     environment variable, lower case and without the prefix. A context manager that starts it, and in the end stops
     it and fails when the log holds what no service should say: an error, a traceback, or a line that is not JSON.
     """
 
-    def __init__(self, data_dir: Path, **settings: object) -> None:
-        super().__init__(0)
+    def __init__(self, data_dir: Path, site: Site | None = None, /, **settings: object) -> None:
+        site = site or Site()
+        super().__init__(site.port, site.place.address, site.seen_from)
         self.data_dir = data_dir
-        self.command = [sys.executable, "-m", "imgsvc", "serve", "--port", "0", "--data-dir", str(data_dir)]
+        program = [sys.executable, "-m", "imgsvc", "serve", "--port", str(site.port), "--data-dir", str(data_dir)]
+        self.place = site.place
+        self.command = self.place.command(*program)
+        self.frozen = False
         self.settings: dict[str, object] = {
+            "host": self.place.address,
             "image_store_config_dir": data_dir / "images",
             "fetch_retries": 0,  # a source that fails in a test does so at once
             "shutdown_timeout": 2,  # a test that fails in mid-transfer should not take long to end
@@ -87,6 +102,15 @@ class Service(Client):
     @property
     def pid(self) -> int:
         return self._running().pid
+
+    @property
+    def runs(self) -> bool:
+        return self._process is not None
+
+    @property
+    def answers(self) -> bool:
+        """Whether it runs, and is not frozen."""
+        return self._process is not None and not self.frozen
 
     @property
     def images_dir(self) -> Path:
@@ -150,10 +174,28 @@ class Service(Client):
 
     def signal(self, number: signal.Signals) -> None:
         self._running().send_signal(number)
+        if number == signal.SIGCONT:
+            self.frozen = False
 
     def freeze(self) -> None:
         """Until SIGCONT nothing of it runs, and its connections stay open."""
         freeze(self._running())
+        self.frozen = True
+
+    def cont(self) -> None:
+        """Lets it go on, if it is frozen."""
+        if self.frozen:
+            self.signal(signal.SIGCONT)
+
+    def connect(self, *, receive_buffer: int | None = None, timeout: float = 10.0) -> Connection:
+        """A raw connection to it."""
+        return Connection(
+            self.port,
+            address=self.address,
+            seen_from=self.seen_from,
+            receive_buffer=receive_buffer,
+            timeout=timeout,
+        )
 
     def wait_exit(self, timeout: float = _EXIT_SECONDS) -> int:
         """The exit status; fails when the process lives on."""
@@ -164,12 +206,14 @@ class Service(Client):
         if process.stdout is not None:
             process.stdout.close()
         self._process = None
+        self.frozen = False
         return status
 
     def close(self) -> None:
         """Ends the process, in an orderly way if it can be had soon."""
         if self._process is None:
             return
+        self.cont()
         try:
             status = self.terminate(10)
         except subprocess.TimeoutExpired:

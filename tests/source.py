@@ -14,6 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Self
 
+from tests.namespaces import HERE, Place
+
 _PIECE = 16384
 _RANGE = re.compile(r"bytes=([0-9]+)-([0-9]*)")
 _REASONS = {200: "OK", 301: "Moved Permanently", 302: "Found", 404: "Not Found", 500: "Internal Server Error"}
@@ -124,13 +126,15 @@ Answers = Callable[[Exchange], Resource]
 class Source:
     """Serves resources by path from threads of its own, and keeps what was asked; a path without one is a 404."""
 
-    def __init__(self, port: int = 0) -> None:
+    def __init__(self, port: int = 0, place: Place = HERE) -> None:
         self.exchanges: list[Exchange] = []
         self.most_connections = 0
         self._connections = 0
         self._lock = threading.Lock()
         self._answers: dict[str, Answers] = {}
-        self._listener = socket.create_server(("127.0.0.1", port), backlog=128)
+        self._address = place.address
+        with place.entered():
+            self._listener = socket.create_server((place.address, port), backlog=128)
         self._ending = threading.Event()
         self._threads: list[threading.Thread] = []
         self._acceptor = threading.Thread(target=self._accept, daemon=True)
@@ -148,7 +152,7 @@ class Source:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self._address}:{self.port}"
 
     def serve(self, path: str, answer: Resource | bytes | Answers) -> str:
         """From now on the path answers with this, or with what this makes of a request; returns its URL."""
