@@ -30,6 +30,7 @@ from imgsvc.etcd_messages import (
     raw,
     text,
 )
+from imgsvc.etcd_wire import page
 
 _T = TypeVar("_T")
 
@@ -87,6 +88,11 @@ class _Endpoint:
             )
         except OSError as error:
             raise ConfigError(f"etcd: {error.filename} cannot be read: {error.strerror}") from error
+        self.range: Callable[..., Page] = self.client.channel.unary_unary(
+            "/etcdserverpb.KV/Range",
+            request_serializer=etcdrpc.RangeRequest.SerializeToString,
+            response_deserializer=page,
+        )
         self.auth = etcdrpc.AuthStub(self.client.channel)
         self.watch = etcdrpc.WatchStub(self.client.channel)
         self.token: str | None = None
@@ -144,8 +150,8 @@ class Etcd:
         request = etcdrpc.RangeRequest(
             key=raw(key), range_end=raw(end), limit=limit, revision=revision, keys_only=keys_only
         )
-        answer = self._call(lambda endpoint, **options: endpoint.client.kvstub.Range(request, **options), timeout)
-        return Page(key_values(answer.kvs), answer.more, answer.header.revision, answer.header.cluster_id)
+        answer: Page = self._call(lambda endpoint, **options: endpoint.range(request, **options), timeout)
+        return answer
 
     def transact(
         self,
