@@ -8,7 +8,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
@@ -16,6 +16,8 @@ from typing import Self
 from imgsvc.cluster.replicator import Replicator
 from imgsvc.errors import NotFound, Unavailable
 from imgsvc.images.filesystem import FilesystemImageStore
+from imgsvc.images.memory import MemoryImageStore
+from imgsvc.images.store import ImageStore
 from imgsvc.metadata.image import Image, ImageType, Status, new_id
 from imgsvc.metadata.mirror import Known, LiveMember, Mirror
 from imgsvc.settings import ClusterSettings
@@ -27,7 +29,7 @@ class Host:
     """`copied` are the ids of the images that it took a copy of, `failure` makes it fail, `pause` delays it, and it waits for the
     `gate`."""
 
-    def __init__(self, hosts: Hosts, member: str, directory: Path) -> None:
+    def __init__(self, hosts: Hosts, member: str, images: ImageStore) -> None:
         self.id = member
         self.mirror = Mirror()
         self.copied: list[str] = []
@@ -38,7 +40,7 @@ class Host:
         self.trusted = True
         self.busiest = 0
         self.tried: Counter[str] = Counter()
-        self.images = FilesystemImageStore(directory)
+        self.images = images
         self.images.mark("these")
         self._busy = 0
         self._hosts = hosts
@@ -56,6 +58,15 @@ class Host:
         )
         replicator.start()
         return replicator
+
+    def drop_copy(self, image_id: str, keep: Collection[str]) -> bool:
+        return self._hosts.drop(image_id, self.id, keep)
+
+    def hold(self, image_id: str) -> None:
+        self._hosts.hold(image_id, self.id)
+
+    def release(self, image_id: str) -> None:
+        self._hosts.drop(image_id, self.id, ())
 
     def copy(self, image: Image, throttle: Throttle | None = None) -> None:
         """From any live holder, byte by byte, as a pull does."""
@@ -81,13 +92,19 @@ class Host:
 
 
 class Hosts:
-    """A context manager: stops those that run."""
+    """A context manager: stops those that run. With a `capacity`, that is all the space that host-0 has."""
 
-    def __init__(self, directory: Path, count: int) -> None:
+    def __init__(self, directory: Path, count: int, capacity: int | None = None) -> None:
         self._lock = threading.Lock()
         self._stores = ExitStack()
         self._replicators: list[Replicator] = []
-        self._hosts = {name: Host(self, name, directory / name) for name in (f"host-{n}" for n in range(count))}
+        self._hosts = {
+            name: Host(self, name, FilesystemImageStore(directory / name))
+            for name in (f"host-{n}" for n in range(count))
+        }
+        if capacity is not None:
+            self._stores.callback(self._hosts["host-0"].images.close)
+            self._hosts["host-0"] = Host(self, "host-0", MemoryImageStore(capacity))
         for host in self._hosts.values():
             self._stores.callback(host.images.close)
             host.mirror.replace([], [LiveMember(name, f"http://{name}.example") for name in self._hosts])
@@ -134,11 +151,15 @@ class Hosts:
             known = dataclasses.replace(known, replicas=tuple(sorted({*known.replicas, member})))
             self.everywhere(lambda mirror: mirror.put(known))
 
-    def drop(self, image_id: str, member: str) -> None:
+    def drop(self, image_id: str, member: str, keep: Collection[str]) -> bool:
+        """As the transaction does it: only if those are still on record."""
         with self._lock:
             known = self.known(image_id)
+            if not {member, *keep} <= set(known.replicas):
+                return False
             known = dataclasses.replace(known, replicas=tuple(other for other in known.replicas if other != member))
             self.everywhere(lambda mirror: mirror.put(known))
+            return True
 
     def delete(self, image_id: str) -> None:
         self.everywhere(lambda mirror: mirror.remove(image_id))
