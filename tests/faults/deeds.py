@@ -12,8 +12,6 @@ from tests.faults.disks import Disks
 from tests.faults.model import Model
 from tests.faults.plan import Step
 
-_CLIENTS = ("upload", "post", "delete", "read")
-
 
 class Deeds:
     def __init__(self, cluster: ClusterOfThree, model: Model, disks: Disks, clients: Clients) -> None:
@@ -52,17 +50,22 @@ class Deeds:
 
     def do(self, step: Step) -> None:
         """What cannot be done now, such as killing who is dead, is left out."""
+        chance = step.random
+        for work, where in step.work:
+            asked = self._who_answers(where)
+            if asked is not None:
+                self._clients.begin(work, asked, random.Random(chance.getrandbits(64)))
+        time.sleep(step.pause[0])
+        self._do(step, chance)
+        time.sleep(step.pause[1])
+
+    def _do(self, step: Step, chance: random.Random) -> None:
         if step.deed in self._to_etcd:
             self._to_etcd[step.deed](int(step.where))
         elif step.deed in self._to_all:
             self._to_all[step.deed]()
         elif step.deed in self._to_members:
-            self._to_members[step.deed](self._members[step.where], step.random)
-        else:
-            asked = self._who_answers(step.where)
-            if asked is not None:
-                self._clients.begin(step.deed, asked, step.random)
-        time.sleep(step.pause)
+            self._to_members[step.deed](self._members[step.where], chance)
 
     def heal(self) -> None:
         """Undoes all that was done; returns when every member is ready."""

@@ -82,7 +82,7 @@ def run(cluster: ClusterOfThree, count: int, without: frozenset[str]) -> None:
                 deeds.do(step)
                 clients.look()
                 checks.hold(step.random)
-                if step.number % _STAGE == _STAGE - 1:
+                if step.number % _STAGE == 0:
                     settle(deeds, clients, checks)
             settle(deeds, clients, checks)
         except BaseException as error:
