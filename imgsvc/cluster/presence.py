@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-from imgsvc.metadata.mirror import Mirror
+from imgsvc.metadata.mirror import LiveMember, Mirror
+
+
+def has_room(reserve: Callable[[int], int], member: LiveMember, size: int) -> bool:
+    """Whether so many bytes fit at a member, by what it last said of itself. `reserve` says how many bytes of a disk
+    of a given size stay free."""
+    return member.free is None or member.free - size >= reserve(member.total or 0)
 
 
 class Presence:

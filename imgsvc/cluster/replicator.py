@@ -60,12 +60,12 @@ class Replicator:
         settings: ClusterSettings,
         *,
         me: str,
-        reserve: Callable[[int], int],
+        fits: Callable[[LiveMember, int], bool],
         may_work: Callable[[], bool],
         turn: float = _TURN,
     ) -> None:
-        """`me` is this member's id. `reserve` says how many bytes of a disk of a given size stay free. `may_work` is
-        asked before each copy: whether this member is one of the cluster for certain."""
+        """`me` is this member's id. `fits` says whether a member has room for so many bytes. `may_work` is asked before
+        each copy: whether this member is one of the cluster for certain."""
         self._mirror = mirror
         self._copier = copier
         self._wanted = settings.replicas
@@ -78,9 +78,6 @@ class Replicator:
         def patience(size: int) -> float:
             # They share the line, and may have half of it.
             return turn + 2 * _COPIES * size / (rate or _LINE)
-
-        def fits(member: LiveMember, size: int) -> bool:
-            return member.free is None or member.free - size >= reserve(member.total or 0)
 
         self._shortages = Shortages(me, self._wanted, patience, fits)
         self._lock = threading.Lock()

@@ -4,6 +4,7 @@ to its record, all have in their mirrors."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 import threading
 import time
@@ -13,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
+from imgsvc.cluster.presence import has_room
 from imgsvc.cluster.replicator import Replicator
 from imgsvc.errors import NotFound, Unavailable
 from imgsvc.images.filesystem import FilesystemImageStore
@@ -52,7 +54,7 @@ class Host:
             self,
             settings,
             me=self.id,
-            reserve=lambda _total: 0,
+            fits=functools.partial(has_room, lambda _total: 0),
             may_work=lambda: self.trusted,
             turn=turn,
         )
