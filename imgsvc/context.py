@@ -18,15 +18,19 @@ from typing import Any, Protocol, TypeVar
 
 import structlog
 
+from imgsvc.checks import Checks
+from imgsvc.cluster.copies import Copies
+from imgsvc.cluster.peers import Peers, Signatures
 from imgsvc.cluster.this_member import ThisMember
 from imgsvc.digests import Digests
-from imgsvc.errors import ConfigError
+from imgsvc.errors import ConfigError, NotFound, Unavailable
 from imgsvc.fetcher import Fetcher
 from imgsvc.images.directory import sync_directory
 from imgsvc.images.filesystem import FilesystemImageStore
 from imgsvc.images.memory import MemoryImageStore
 from imgsvc.images.store import ImageStore
 from imgsvc.maintenance import Maintenance
+from imgsvc.metadata.image import Image
 from imgsvc.metadata.kvite import open_kvite
 from imgsvc.metadata.memory import MemoryMetadataStore
 from imgsvc.metadata.mirror import LiveMember, Mirror
@@ -87,6 +91,8 @@ class Context:
                 url=settings.cluster.advertise_url or f"http://{_reachable(settings.host)}:{port}",
             )
             self._this = ThisMember(member, self.images)
+            self.signatures = Signatures(settings.cluster.secret, member.id)
+            self.peers = Peers(self.signatures, settings.cluster.peer_timeout)
             self.mirror = Mirror() if settings.metadata_store.type == "etcd" else None
             self.records = _open_records(settings, member, opened, self._this)
             self._wire()
@@ -105,7 +111,15 @@ class Context:
             self.images, self.records, self.transfers, settlements, expire=self.settings.uploads.expire
         )
         self._maintenance = Maintenance(self.images, self.records, self.fetcher, self.uploads, self._digests)
-        self._scrubber = Scrubber(self.settings.scrub, self.images, self.records)
+        self.copies = Copies(_NoPulls(), self.records.get)
+        self.checks = Checks(
+            self.images,
+            self.records,
+            self.settings.cluster.copy_bytes_per_second,
+            held=self._is_held,
+            damaged=self.copies.mend,
+        )
+        self._scrubber = Scrubber(self.settings.scrub, self.images, self.records, self._damaged)
 
     def settle(self) -> None:
         """Settles what the last run left, and lets work begin. Raises Unavailable or NoSpace when a store cannot, and
@@ -120,6 +134,8 @@ class Context:
         self.uploads.start()
         self._digests.start()
         self._scrubber.start()
+        if self.mirror is not None:
+            self.checks.start()
         self._settled.set()
         self.not_ready = None
 
@@ -144,11 +160,25 @@ class Context:
         self._closing = True
         self._settled.set()
         self._scrubber.close()
+        self.checks.close()
+        self.copies.close()
         self._digests.close()
         self.fetcher.close()
         self.uploads.close()
         self.transfers.close()
         self._opened.close()
+
+    def _is_held(self, image_id: str) -> bool:
+        """Whether this member is on record as holding the image. Never blocks."""
+        try:
+            return self.mirror is not None and self._this.id in self.mirror.get(image_id).replicas
+        except NotFound:
+            return False
+
+    def _damaged(self, image_id: str) -> None:
+        """Of an image that the scrub has set aside: another member may have it."""
+        if self.mirror is not None:
+            self.copies.mend(image_id)
 
     def _deleted_elsewhere(self, image_id: str) -> None:
         self._settled.wait()
@@ -159,6 +189,11 @@ class Context:
         self._settled.wait()
         if not self._closing:
             self._maintenance.reconcile()
+
+
+class _NoPulls:
+    def copy(self, image: Image) -> None:
+        raise Unavailable(f"no copy of image {image.id} can be made")
 
 
 @contextlib.contextmanager

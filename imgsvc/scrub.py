@@ -81,7 +81,7 @@ class Scrub:
                 for page in self._records.survey():
                     for entry in page:
                         if entry.image.id > after and _is_here(entry):
-                            yield self._checked(entry.image)
+                            yield self._checked(entry.image.id)
                             after = entry.image.id
             except Unavailable as error:
                 log.warning("scrub waits", reason=str(error))
@@ -89,17 +89,26 @@ class Scrub:
             else:
                 return
 
-    def _checked(self, image: Image) -> Finding:
+    def check(self, image_id: str) -> Finding:
+        """One image, which is on record as held here. Waits while the records cannot be had."""
+        while True:
+            try:
+                return self._checked(image_id)
+            except Unavailable as error:
+                log.warning("check waits", image=image_id, reason=str(error))
+                self._wait(_RETRY_INTERVAL)
+
+    def _checked(self, image_id: str) -> Finding:
         """Raises Unavailable when the records cannot be had."""
         try:
-            return self._check(image.id)
+            return self._check(image_id)
         except (Stopping, Unavailable):
             raise
         except (Conflict, NotFound) as error:
-            return Finding(image.id, Outcome.LEFT, reason=str(error))
+            return Finding(image_id, Outcome.LEFT, reason=str(error))
         except Exception as error:  # one image must not keep the others from being looked at
-            log.exception("scrub failed unexpectedly", image=image.id)
-            return Finding(image.id, Outcome.UNREAD, reason=str(error))
+            log.exception("scrub failed unexpectedly", image=image_id)
+            return Finding(image_id, Outcome.UNREAD, reason=str(error))
 
     def _check(self, image_id: str) -> Finding:
         image = self._records.get(image_id)  # a survey of a long pass is old

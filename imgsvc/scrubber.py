@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Self
@@ -64,8 +65,16 @@ class Scrubber:
     """One thread. A pass goes on where the last process left it, and the next is due an interval after its beginning:
     so each image is read once in an interval, however often the service is started anew, if the rate allows it."""
 
-    def __init__(self, settings: ScrubSettings, images: ImageStore, records: MetadataStore) -> None:
+    def __init__(
+        self,
+        settings: ScrubSettings,
+        images: ImageStore,
+        records: MetadataStore,
+        damaged: Callable[[str], None] = lambda _image_id: None,
+    ) -> None:
+        """`damaged` is told of each image that was set aside; it must not block."""
         self._settings = settings
+        self._damaged = damaged
         self._images = images
         self._closing = threading.Event()
         self._scrub = Scrub(images, records, Pace(settings.bytes_per_second), self._closing)
@@ -115,6 +124,8 @@ class Scrubber:
             for finding in self._scrub.run(progress.after):
                 found[finding.outcome] += 1
                 size += finding.size
+                if finding.outcome is Outcome.DAMAGED:
+                    self._damaged(finding.image_id)
                 progress = self._last = Progress(progress.began, finding.image_id)
                 if time.monotonic() >= self._noted + _NOTE_INTERVAL:
                     self._note(progress)

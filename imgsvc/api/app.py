@@ -12,6 +12,7 @@ from imgsvc.api.health import HealthHandler, ReadyHandler
 from imgsvc.api.images import ImageHandler, ImagesHandler
 from imgsvc.api.in_flight import InFlight
 from imgsvc.api.members import MembersHandler
+from imgsvc.api.peers import CheckHandler, CopyHandler
 from imgsvc.api.uploads import UploadHandler, UploadsHandler
 from imgsvc.context import Context
 
@@ -33,6 +34,7 @@ def make_app(context: Context, in_flight: InFlight) -> Application:
     arguments = {"context": context, "in_flight": in_flight}
     return Application(
         [
+            *(_order_routes(arguments) if context.mirror is not None else ()),
             *register_image_routes("/images", context, in_flight),
             url(r"/uploads/?", UploadsHandler, arguments),
             url(r"/uploads/([^/]+)/?", UploadHandler, arguments),
@@ -44,6 +46,14 @@ def make_app(context: Context, in_flight: InFlight) -> Application:
         default_handler_args=arguments,
         log_function=_each_handler_logs_for_itself,
     )
+
+
+def _order_routes(arguments: dict[str, Any]) -> Routes:
+    """What members ask of each other: who has none has no such paths."""
+    return [
+        url(r"/peers/check/([^/]+)/?", CheckHandler, arguments),
+        url(r"/peers/copy/([^/]+)/?", CopyHandler, arguments),
+    ]
 
 
 def _each_handler_logs_for_itself(_handler: object) -> None:

@@ -1,14 +1,26 @@
-"""How members know each other: who asks is said in header fields, and shown by a signature."""
+"""How members know each other, and what they ask of each other: who asks is said in header fields, and shown by a
+signature."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
+import http.client
+import json
+import math
 import re
+import ssl
 import time
 from collections.abc import Mapping
+from http import HTTPStatus
+from urllib.parse import urlsplit
 
-from imgsvc.errors import Forbidden
+import certifi
+
+from imgsvc.deadline import time_left
+from imgsvc.errors import Forbidden, Unavailable
+from imgsvc.metadata.mirror import LiveMember
 from imgsvc.values import is_name
 
 PEER = "X-Imgsvc-Peer"
@@ -17,6 +29,10 @@ SIGNATURE = "X-Imgsvc-Signature"
 
 # Seconds that the clocks of two members may differ, and a request be on its way.
 WINDOW = 60
+# Seconds after which an order to copy is answered although the copy is still being made; who wants to know asks again.
+COPY_WAIT = 10.0
+
+_LARGEST_ANSWER = 64 * 1024
 
 _TIME = re.compile(r"[0-9]{1,12}")
 
@@ -77,3 +93,68 @@ class Signatures:
         may one day sign something else."""
         signed = f"imgsvc-peer-1\n{peer}\n{method}\n{path}\n{sent}"
         return hmac.new(self._secret, signed.encode(errors="surrogatepass"), hashlib.sha256).hexdigest()
+
+
+class Peers:
+    """Asks other members for something. Every method blocks, and raises Unavailable, naming the member, when that does
+    not answer or does not do it."""
+
+    def __init__(self, signatures: Signatures, timeout: float) -> None:
+        """`timeout`: seconds without a byte from a member."""
+        self._signatures = signatures
+        self._timeout = timeout
+
+    def check(self, member: LiveMember, image_id: str) -> None:
+        """Has the member read its bytes of the image again, which did not have the right digest here. Returns when it
+        has taken that on."""
+        self._order(member, f"/peers/check/{image_id}", time_left(self._timeout))
+
+    def copy(self, member: LiveMember, image_id: str, within: float = math.inf) -> None:
+        """Returns when the member holds the image, or raises: also after `within` seconds; then it goes on all the
+        same."""
+        latest = time.monotonic() + within
+        while True:
+            # It answers every few seconds whether it is done, so that a dead one is noticed however large the image.
+            timeout = time_left(min(self._timeout + COPY_WAIT, latest - time.monotonic()))
+            if self._order(member, f"/peers/copy/{image_id}", timeout) == HTTPStatus.OK:
+                return
+            if time.monotonic() >= latest:
+                raise Unavailable(f"{_named(member)} has not copied the image within {within:.0f} seconds")
+
+    def _order(self, member: LiveMember, path: str, timeout: float) -> int:
+        """The status that it was answered with: one that is no error."""
+        try:
+            status, body = self._post(member, path, timeout)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise Unavailable(f"{_named(member)} does not answer: {error or type(error).__name__}") from error
+        if status not in (HTTPStatus.OK, HTTPStatus.ACCEPTED):
+            raise Unavailable(f"{_named(member)} answers {status}: {_message(body)}")
+        return status
+
+    def _post(self, member: LiveMember, path: str, timeout: float) -> tuple[int, bytes]:
+        """Straight to the member: neither proxies nor redirects are heeded. Raises OSError and others."""
+        url = urlsplit(member.url)
+        if not url.hostname:
+            raise ValueError("its URL names no host")
+        if url.scheme == "https":
+            connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+                url.hostname, url.port, timeout=timeout, context=ssl.create_default_context(cafile=certifi.where())
+            )
+        else:
+            connection = http.client.HTTPConnection(url.hostname, url.port, timeout=timeout)
+        with contextlib.closing(connection):
+            connection.request("POST", path, headers={"Connection": "close", **self._signatures.fields("POST", path)})
+            with connection.getresponse() as answer:
+                return answer.status, answer.read(_LARGEST_ANSWER)
+
+
+def _named(member: LiveMember) -> str:
+    return f"member {member.id} at {member.url}"
+
+
+def _message(body: bytes) -> str:
+    """What our error document says, for a person; whatever else answers is quoted briefly."""
+    try:
+        return str(json.loads(body)["message"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return repr(body[:80].decode(errors="replace"))
