@@ -32,6 +32,8 @@ WINDOW = 60
 # Seconds after which an order to copy is answered although the copy is still being made; who wants to know asks again.
 COPY_WAIT = 10.0
 
+# Seconds before it is asked again, whoever it is that answers faster than that.
+_PAUSE = 0.1
 _LARGEST_ANSWER = 64 * 1024
 
 _TIME = re.compile(r"[0-9]{1,12}")
@@ -41,7 +43,7 @@ class Signatures:
     """HMAC-SHA256 with a secret that all members have. Without one, requests carry no signature and none is asked for.
 
     A request that somebody overheard can be repeated until its time is too old. What a member does for another one is
-    therefore never more than reading bytes, or looking at its own.
+    therefore never more than to send bytes, to read its own again, or to take a copy.
     """
 
     def __init__(self, secret: str, member_id: str) -> None:
@@ -113,13 +115,18 @@ class Peers:
         """Returns when the member holds the image, or raises: also after `within` seconds; then it goes on all the
         same."""
         latest = time.monotonic() + within
-        while True:
+        while (left := latest - time.monotonic()) > 0:
             # It answers every few seconds whether it is done, so that a dead one is noticed however large the image.
-            timeout = time_left(min(self._timeout + COPY_WAIT, latest - time.monotonic()))
-            if self._order(member, f"/peers/copy/{image_id}", timeout) == HTTPStatus.OK:
-                return
-            if time.monotonic() >= latest:
-                raise Unavailable(f"{_named(member)} has not copied the image within {within:.0f} seconds")
+            try:
+                done = self._order(member, f"/peers/copy/{image_id}", time_left(min(self._timeout + COPY_WAIT, left)))
+            except Unavailable:
+                if time.monotonic() < latest:
+                    raise
+            else:
+                if done == HTTPStatus.OK:
+                    return
+                time.sleep(_PAUSE)
+        raise Unavailable(f"{_named(member)} has not copied the image within {within:.0f} seconds")
 
     def _order(self, member: LiveMember, path: str, timeout: float) -> int:
         """The status that it was answered with: one that is no error."""

@@ -1,13 +1,17 @@
-"""What members sign, and what is refused."""
+"""What members sign, and what is refused; what they ask of each other, and of what does not answer well."""
 
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
 
-from imgsvc.cluster.peers import PEER, SIGNATURE, TIME, WINDOW, Signatures
-from imgsvc.errors import Forbidden
+from imgsvc.cluster.peers import PEER, SIGNATURE, TIME, WINDOW, Peers, Signatures
+from imgsvc.errors import Forbidden, Unavailable
+from imgsvc.metadata.image import new_id
+from imgsvc.metadata.mirror import LiveMember
+from tests.raw_peer import Answer, RawPeer
 
 SECRET = "schlüssel"
 PATH = "/images/8a4b1d9e-9c0f-4e62-9d6c-1d5c2d1f0a3b/download?x=1"
@@ -101,3 +105,103 @@ class TestWithoutSecret:
     def test_but_not_what_is_no_id(self) -> None:
         with pytest.raises(Forbidden, match="no id"):
             asked({PEER: "a/b"}, secret="")
+
+
+HELD = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+TAKEN = b"HTTP/1.1 202 Accepted\r\nContent-Length: 2\r\n\r\n{}"
+TIMEOUT = 0.5
+
+
+@pytest.fixture
+def member(peer: RawPeer) -> LiveMember:
+    """One that answers as the peer does; nobody has asked it yet."""
+    peer.requests.clear()
+    return LiveMember("b", peer.url.removesuffix("/image"))
+
+
+@pytest.fixture
+def peers() -> Peers:
+    return Peers(Signatures(SECRET, "a"), TIMEOUT)
+
+
+def fields_of(request: bytes) -> dict[str, str]:
+    lines = request.decode().split("\r\n")
+    return dict(line.split(": ", 1) for line in lines[1:] if line)
+
+
+class TestOrders:
+    def test_check(self, peer: RawPeer, member: LiveMember, peers: Peers) -> None:
+        """It is a signed POST."""
+        peer.answer(Answer(TAKEN))
+        image_id = new_id()
+        peers.check(member, image_id)
+        (request,) = peer.requests
+        assert request.startswith(f"POST /peers/check/{image_id} HTTP/1.1\r\n".encode())
+        assert Signatures(SECRET, "b").peer(fields_of(request), "POST", f"/peers/check/{image_id}") == "a"
+
+    def test_copy(self, peer: RawPeer, member: LiveMember, peers: Peers) -> None:
+        peer.answer(Answer(HELD))
+        peers.copy(member, new_id())
+        assert len(peer.requests) == 1
+
+    def test_a_copy_that_takes_long(self, peer: RawPeer, member: LiveMember, peers: Peers) -> None:
+        """It is asked for again, each time signed anew, for as long as wanted."""
+        peer.answer(Answer(b"", (TAKEN,), pause=0.2))
+        with pytest.raises(Unavailable, match=re.escape(f"member b at {member.url} has not copied")):
+            peers.copy(member, new_id(), within=1.0)
+        assert 3 <= len(peer.requests) <= 6
+
+    @pytest.mark.parametrize(
+        "answered",
+        [
+            (b'HTTP/1.1 507 x\r\n\r\n{"message":"no room","code":507,"stack":[]}', "507: no room"),
+            (b"HTTP/1.1 404 x\r\nContent-Length: 5\r\n\r\n<html", "404: '<html'"),
+            (b"HTTP/1.1 500 x\r\n\r\n[]", "500"),
+            (b"HTTP/1.1 302 x\r\nLocation: /elsewhere\r\nContent-Length: 0\r\n\r\n", "302"),
+            (b"", "does not answer"),
+            (b"SSH-2.0-x\r\n", "does not answer"),
+            (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000 + b"\r\n\r\n", "does not answer"),
+            (b"HTTP/1.1 200 OK\r\n" + b"X: x\r\n" * 1000 + b"\r\n", "does not answer"),
+        ],
+        ids=["full", "strange", "list", "redirect", "nothing", "no HTTP", "a long field", "many fields"],
+    )
+    def test_what_else_it_says(
+        self, peer: RawPeer, member: LiveMember, peers: Peers, answered: tuple[bytes, str]
+    ) -> None:
+        """The error names the member; nobody is sent on."""
+        answer, said = answered
+        peer.answer(Answer(answer))
+        for order in (peers.check, peers.copy):
+            with pytest.raises(Unavailable, match=rf"^member b at .*{re.escape(said)}"):
+                order(member, new_id())
+        assert len(peer.requests) == 2
+
+    def test_an_answer_without_end(self, peer: RawPeer, member: LiveMember, peers: Peers) -> None:
+        """No more of it is read than anybody needs."""
+        endless = b"HTTP/1.1 500 x\r\n\r\n"
+        peer.answer(Answer(endless, (bytes(1 << 16),) * 100, closes=False))
+        with pytest.raises(Unavailable, match="500"):
+            peers.check(member, new_id())
+
+    def test_silence(self, peer: RawPeer, member: LiveMember, peers: Peers) -> None:
+        peer.answer(Answer(b"", closes=False))
+        start = time.monotonic()
+        with pytest.raises(Unavailable, match="does not answer"):
+            peers.check(member, new_id())
+        assert time.monotonic() - start < TIMEOUT + 1
+
+    @pytest.mark.parametrize(
+        "url",
+        ["http://127.0.0.1:9", "http://", "", "http://127.0.0.1:99999", "http://no-such-host.invalid:1", "http://[x"],
+    )
+    def test_nobody_there(self, peers: Peers, url: str) -> None:
+        """Whatever a member says of where it is."""
+        with pytest.raises(Unavailable, match=r"^member b at "):
+            peers.check(LiveMember("b", url), new_id())
+
+    def test_no_proxy(self, peer: RawPeer, member: LiveMember, peers: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A proxy for the web is no way to the members of a cluster."""
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, "http://127.0.0.1:9")
+        peer.answer(Answer(TAKEN))
+        peers.check(member, new_id())
