@@ -45,6 +45,7 @@ STATUS: dict[errors.ImgsvcError, int] = {
     errors.WrongDigest("a sentence"): 422,
     errors.WrongChecksum("a sentence"): 460,
     errors.Locked("a sentence"): 423,
+    errors.Forbidden("a sentence"): 403,
     errors.FetchFailed("a sentence"): 500,
     errors.Interrupted("a sentence"): 500,
     errors.Stopping("a sentence"): 503,
@@ -57,6 +58,7 @@ ROUTES = {
     "/uploads": "POST, OPTIONS",
     f"/uploads/{IMAGE.id}": "HEAD, PATCH, DELETE, OPTIONS",
     "/healthz": "GET, HEAD",
+    "/members": "GET, HEAD",
     "/readyz": "GET, HEAD",
 }
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS")
