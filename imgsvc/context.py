@@ -19,8 +19,11 @@ from typing import Any, Protocol, TypeVar
 import structlog
 
 from imgsvc.checks import Checks
+from imgsvc.cluster.choice import Choice
 from imgsvc.cluster.copies import Copies
 from imgsvc.cluster.peers import Peers, Signatures
+from imgsvc.cluster.pulls import Pulls
+from imgsvc.cluster.supply import Supply
 from imgsvc.cluster.this_member import ThisMember
 from imgsvc.digests import Digests
 from imgsvc.errors import ConfigError, NotFound, Unavailable
@@ -104,14 +107,21 @@ class Context:
         self.transfers = Transfers(self.images, self.records, room, settlements, hashers=self._hashers)
         self.fetcher = Fetcher(self.settings.fetch, self.images, self.records, self.transfers, settlements)
         self._digests = Digests(self.images, self.records)
+        self.pulls = self._make_pulls(settlements, room)
         self.service = ImageService(
-            self.images, self.records, self.transfers, self.fetcher, settlements=settlements, digests=self._digests
+            self.images,
+            self.records,
+            self.transfers,
+            self.fetcher,
+            settlements=settlements,
+            digests=self._digests,
+            pulls=self.pulls,
         )
         self.uploads = Uploads(
             self.images, self.records, self.transfers, settlements, expire=self.settings.uploads.expire
         )
         self._maintenance = Maintenance(self.images, self.records, self.fetcher, self.uploads, self._digests)
-        self.copies = Copies(_NoPulls(), self.records.get)
+        self.copies = Copies(self.pulls, self.records.get)
         self.checks = Checks(
             self.images,
             self.records,
@@ -120,6 +130,23 @@ class Context:
             damaged=self.copies.mend,
         )
         self._scrubber = Scrubber(self.settings.scrub, self.images, self.records, self._damaged)
+
+    def _make_pulls(self, settlements: Settlements, room: Room) -> Pulls:
+        supply = Supply(
+            Choice(self.mirror or Mirror(), self._this.id),
+            self.signatures,
+            self.settings.cluster.peer_timeout,
+            self.peers.check,
+        )
+        return Pulls(
+            self.images,
+            self.records,
+            self.transfers,
+            room,
+            settlements,
+            supply=supply,
+            hashers=self._hashers,
+        )
 
     def settle(self) -> None:
         """Settles what the last run left, and lets work begin. Raises Unavailable or NoSpace when a store cannot, and
@@ -161,6 +188,7 @@ class Context:
         self._settled.set()
         self._scrubber.close()
         self.checks.close()
+        self.pulls.close()
         self.copies.close()
         self._digests.close()
         self.fetcher.close()
@@ -189,11 +217,6 @@ class Context:
         self._settled.wait()
         if not self._closing:
             self._maintenance.reconcile()
-
-
-class _NoPulls:
-    def copy(self, image: Image) -> None:
-        raise Unavailable(f"no copy of image {image.id} can be made")
 
 
 @contextlib.contextmanager

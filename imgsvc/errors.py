@@ -69,6 +69,10 @@ class Elsewhere(Unavailable):
     """The image is whole, and its bytes are on another member."""
 
 
+class PeerFailed(Unavailable):
+    """Another member did not give the bytes that it was asked for; the text says why."""
+
+
 class Incomplete(ImgsvcError):
     """The sender ended before the announced length, went away, or sent more than it announced."""
 

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import structlog
 
+from imgsvc.cluster.pulls import Pulls
 from imgsvc.digests import Digests
 from imgsvc.errors import Conflict, Elsewhere, ImgsvcError, Invalid, NotComplete, NotFound, SourceTaken, Unavailable
 from imgsvc.fetcher import Fetcher
@@ -41,6 +42,7 @@ class ImageService:
         *,
         settlements: Settlements,
         digests: Digests,
+        pulls: Pulls,
     ) -> None:
         self._images = images
         self._records = records
@@ -48,6 +50,7 @@ class ImageService:
         self._fetcher = fetcher
         self._settlements = settlements
         self._digests = digests
+        self._pulls = pulls
         self._fetching_again = threading.Lock()
 
     def list(self, image_type: ImageType | None) -> Iterator[Sequence[str]]:
@@ -119,7 +122,9 @@ class ImageService:
     def drop(self, image_id: str) -> None:
         """Lets go of what this member has of an image whose record is gone. Never raises: what cannot be removed
         now is an orphan, which the next start removes."""
-        self._transfers.cancel(image_id, Conflict("the image was deleted during its transfer"))
+        reason = Conflict("the image was deleted during its transfer")
+        self._transfers.cancel(image_id, reason)
+        self._pulls.cancel(image_id, reason)
         try:
             self._images.delete(image_id)
             if not self._transfers.is_known(image_id):
@@ -129,27 +134,35 @@ class ImageService:
         except ImgsvcError as error:
             log.error("bytes of a deleted image are left", image=image_id, reason=str(error))
 
-    def open(self, image_id: str) -> tuple[Image, ImageReader, float | None]:
+    def open(self, image_id: str, *, own: bool = False) -> tuple[Image, ImageReader, float | None]:
         """A complete image and its bytes, which the caller closes; and, as `look` has it, how old that knowledge is.
+        Bytes that are not here come from another member while they are read, unless only our `own` will do.
 
         Raises NotFound when there is none, NotComplete when it may not be read, Elsewhere when only other members hold
-        its bytes, Unavailable when nobody is known to."""
+        its bytes and none of them is live, Unavailable when nobody is known to."""
         image, stale = self.look(image_id)
         if image.status is not Status.COMPLETE:
             raise NotComplete(f"image {image.id} is not complete")
         try:
             reader = self._open_bytes(image.id)
         except NotFound as missing:
-            holders = self._records.holders(image.id)
-            if holders:
-                raise Elsewhere(f"this host does not hold the image; held by {', '.join(holders)}") from missing
-            log.error("bytes of a complete image are missing", image=image.id)
-            raise Unavailable("this host does not hold the image, and no other is known to") from missing
+            if not own:
+                with contextlib.suppress(Elsewhere):
+                    return image, self._pulls.open(image), stale
+            raise self._elsewhere(image) from missing
         if reader.size != image.size:
             reader.close()
             log.error("bytes of a complete image have changed", image=image.id, bytes=reader.size, size=image.size)
             raise Unavailable(f"the image has {reader.size} bytes on the disk, and should have {image.size}")
         return image, reader, stale
+
+    def _elsewhere(self, image: Image) -> Unavailable:
+        """What is to be said of an image that is not here."""
+        holders = self._records.holders(image.id)
+        if holders:
+            return Elsewhere(f"this host does not hold the image; held by {', '.join(holders)}")
+        log.error("bytes of a complete image are missing", image=image.id)
+        return Unavailable("this host does not hold the image, and no other is known to")
 
     def _open_bytes(self, image_id: str) -> ImageReader:
         if self._digests.doubts(image_id):

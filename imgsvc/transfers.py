@@ -72,10 +72,15 @@ class Transfers:
         """Raises TooLarge or NoSpace when as many bytes, less those that the transfer has, cannot come in beside what
         was announced to the others that are running and not paused."""
         self._room.check_size(expected_size)
-        with self._lock:
-            announced = sum(other.missing for other in self._running.values() if other is not transfer)
         missing = expected_size - (0 if transfer is None else transfer.size)
-        self._room.check_space(max(missing, 0) + announced)
+        others = self.announced - (0 if transfer is None else transfer.missing)
+        self._room.check_space(max(missing, 0) + others)
+
+    @property
+    def announced(self) -> int:
+        """Bytes that are still to come in all transfers that are running and not paused."""
+        with self._lock:
+            return sum(transfer.missing for transfer in self._running.values())
 
     def check_size(self, size: int) -> None:
         """Raises TooLarge when no image may have so many bytes."""

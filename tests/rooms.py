@@ -12,6 +12,10 @@ from typing import Protocol
 
 import pytest
 
+from imgsvc.cluster.choice import Choice
+from imgsvc.cluster.peers import Signatures
+from imgsvc.cluster.pulls import Pulls
+from imgsvc.cluster.supply import Supply
 from imgsvc.digests import Digests
 from imgsvc.fetcher import Fetcher
 from imgsvc.images.filesystem import FilesystemImageStore
@@ -20,6 +24,7 @@ from imgsvc.images.store import ImageStore
 from imgsvc.maintenance import Maintenance
 from imgsvc.metadata.image import UNKNOWN_SIZE, Image, ImageType, Status, new_id
 from imgsvc.metadata.memory import MemoryMetadataStore
+from imgsvc.metadata.mirror import LiveMember, Mirror
 from imgsvc.metadata.sqlite import SqliteMetadataStore
 from imgsvc.metadata.store import Member, MetadataStore
 from imgsvc.room import Room
@@ -64,8 +69,26 @@ class Rooms:
         )
         self.fetcher = Fetcher(settings, self.images, self.records, self.transfers, self.settlements)
         self.digests = Digests(self.images, self.records)
+        self.mirror = Mirror()
+        self.supply = Supply(Choice(self.mirror, disk.member), Signatures("", disk.member), 1.0, self._accuse)
+        self.accused: list[tuple[str, str]] = []
+        self.pulls = Pulls(
+            self.images,
+            self.records,
+            self.transfers,
+            self.room,
+            self.settlements,
+            supply=self.supply,
+            hashers=ThreadPoolExecutor(1),
+        )
         self.service = ImageService(
-            self.images, self.records, self.transfers, self.fetcher, settlements=self.settlements, digests=self.digests
+            self.images,
+            self.records,
+            self.transfers,
+            self.fetcher,
+            settlements=self.settlements,
+            digests=self.digests,
+            pulls=self.pulls,
         )
         self.uploads = Uploads(self.images, self.records, self.transfers, self.settlements, expire=expire)
         self.maintenance = Maintenance(self.images, self.records, self.fetcher, self.uploads, self.digests)
@@ -78,6 +101,7 @@ class Rooms:
 
     def close(self) -> None:
         """Stops the threads; the stores stay open."""
+        self.pulls.close()
         self.digests.close()
         self.fetcher.close()
         self.uploads.close()
@@ -111,6 +135,9 @@ class Rooms:
         waiting = [turn.image_id for *_, turn in sorted(turns)]
         turns.clear()
         return waiting
+
+    def _accuse(self, member: LiveMember, image_id: str) -> None:
+        self.accused.append((member.id, image_id))
 
     def listed(self) -> dict[str, Image]:
         return {entry.image.id: entry.image for page in self.base.survey() for entry in page}

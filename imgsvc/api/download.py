@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from datetime import UTC, datetime
 from email.utils import format_datetime
@@ -35,8 +36,12 @@ class DownloadHandler(BaseHandler):
     allowed = ("GET", "HEAD")
     _outlet: Outlet | None = None
 
+    # Done when the byte that is waited for has arrived, or nobody waits any more.
+    _arrival: asyncio.Future[None] | None = None
+
     async def get(self, image_id: str) -> None:
-        image, reader, stale = await self.context.records_pool.run(self.context.service.open, image_id)
+        own = bool(self.context.signatures.peer(self.request.headers, str(self.request.method), self.request.uri or ""))
+        image, reader, stale = await self.context.records_pool.run(self.context.service.open, image_id, own=own)
         self.say_stale(stale)
         try:
             await self._answer(image, reader)
@@ -96,6 +101,7 @@ class DownloadHandler(BaseHandler):
         begun = end if part.size <= _SMALL else offset + _BLOCK
         try:
             while offset < begun:
+                await self._arrived(reader, offset, end)
                 block = await self.context.reads_pool.run(reader.read, offset, min(_BLOCK, begun - offset))
                 self.write(block)
                 await self.drain()
@@ -116,7 +122,10 @@ class DownloadHandler(BaseHandler):
             try:
                 await self.context.reads_pool.run(outlet.send)
                 while not outlet.done and not stream.closed():
-                    await self.until_taken(outlet.writable())
+                    if reader.arrived(outlet.position):
+                        await self.until_taken(outlet.writable())
+                    else:
+                        await self._arrived(reader, outlet.position, end)
                     await self.context.reads_pool.run(outlet.send)
             except OSError as error:
                 log.debug("client left", reason=str(error))
@@ -128,15 +137,37 @@ class DownloadHandler(BaseHandler):
         # Tornado would count what it sends itself, and cut the connection for what is missing.
         self._connection._expected_content_remaining = 0  # noqa: SLF001
 
+    async def _arrived(self, reader: ImageReader, offset: int, end: int) -> None:
+        """Waits until the byte at `offset` is there, if it is still on its way. Raises StreamClosedError when the
+        client has left, and what the reader raises."""
+        loop = asyncio.get_running_loop()
+
+        def wake() -> None:
+            loop.call_soon_threadsafe(_done, arrival)
+
+        while not reader.arrived(offset):
+            if self._connection.stream.closed():
+                raise StreamClosedError
+            arrival = self._arrival = loop.create_future()
+            reader.wait(offset, end - offset, wake)
+            await arrival
+
     def _let_go(self) -> None:
         outlet, self._outlet = self._outlet, None
         if outlet is not None:
             self._bytes_out += outlet.sent
 
     def _leave(self, status: int) -> None:
+        if self._arrival is not None:
+            _done(self._arrival)
         if self._outlet is not None:
             self._outlet.end()
             if status == CLIENT_LEFT:
                 return  # `_send_rest` says it, when it knows whether the client left with all
             self._let_go()
         super()._leave(status)
+
+
+def _done(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

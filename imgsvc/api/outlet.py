@@ -41,8 +41,13 @@ class Outlet:
         self.sent = 0
 
     @property
+    def position(self) -> int:
+        """The next byte to be sent."""
+        return self._offset + self.sent
+
+    @property
     def done(self) -> bool:
-        return self._offset + self.sent == self._end
+        return self.position == self._end
 
     def __enter__(self) -> Self:
         return self
@@ -54,7 +59,7 @@ class Outlet:
         self._socket.close()
 
     def send(self) -> None:
-        """In a thread: sends until the client takes no more or the time is up.
+        """In a thread: sends until the client takes no more, nothing more has arrived, or the time is up.
 
         Raises OSError when the client has left, and what the reader raises.
         """
@@ -62,8 +67,11 @@ class Outlet:
         writable.register(self._socket, select.POLLOUT)
         until = time.monotonic() + _TURN
         while not self.done and time.monotonic() < until:
-            offset = self._offset + self.sent
-            count = self._reader.send(self._socket.fileno(), offset, min(self._end - offset, _PIECE))
+            offset = self.position
+            length = min(self._end - offset, self._reader.arrived(offset), _PIECE)
+            if length == 0:
+                return
+            count = self._reader.send(self._socket.fileno(), offset, length)
             if count == 0 and not writable.poll(_MOMENT):
                 return
             self.sent += count

@@ -18,10 +18,11 @@ class DirectWrites:
     are aligned are written directly; others, and all where the file system will not have it, are written as usual.
     """
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, *, possible: bool = True) -> None:
+        """Unless it is `possible`, all are written as usual."""
         self._descriptor = descriptor
         self._flags = fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_DIRECT
-        self._possible = True
+        self._possible = possible
         self._on = False
 
     def write(self, block: bytes | bytearray | memoryview, position: int) -> None:

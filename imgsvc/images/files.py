@@ -33,9 +33,16 @@ class FileWriter:
     """
 
     def __init__(
-        self, directory: Directory, partial: str, image_id: str, descriptor: int, ended: Callable[[], None]
+        self,
+        directory: Directory,
+        partial: str,
+        image_id: str,
+        descriptor: int,
+        ended: Callable[[], None],
+        *,
+        direct: bool = True,
     ) -> None:
-        """Takes the descriptor over, also when it raises OSError."""
+        """Takes the descriptor over, also when it raises OSError. Writes past the page cache, if `direct`."""
         self._directory = directory
         self._partial = partial
         self._notes = partial + NOTES
@@ -45,7 +52,7 @@ class FileWriter:
         self._state = _State.OPEN
         self._lock = threading.Lock()
         try:
-            self._direct = DirectWrites(descriptor)
+            self._direct = DirectWrites(descriptor, possible=direct)
             self._size = os.lseek(descriptor, 0, os.SEEK_END)
         except BaseException:
             self._release()
@@ -92,6 +99,15 @@ class FileWriter:
                 return ()
             with os.fdopen(descriptor, encoding="utf-8", errors="replace") as notes:
                 return [line.removesuffix("\n") for line in notes if line.endswith("\n")]
+
+    def follow(self, size: int) -> FileReader:
+        # Without the lock: a slow disk may have it for long.
+        with translated(f"read image {self._id}"):
+            try:
+                descriptor = self._directory.open(self._partial, os.O_RDONLY)
+            except FileNotFoundError:
+                descriptor = self._directory.open(self._id, os.O_RDONLY)
+        return FileReader(self._id, descriptor, size)
 
     def commit(self) -> None:
         with self._lock, translated(f"write image {self._id}"):
@@ -168,13 +184,13 @@ class FileWriter:
 class FileReader:
     """An ImageReader. Its lock is there for the reason that FileWriter gives."""
 
-    def __init__(self, image_id: str, descriptor: int) -> None:
-        """Takes the descriptor over, also when it raises."""
+    def __init__(self, image_id: str, descriptor: int, size: int | None = None) -> None:
+        """Takes the descriptor over, also when it raises. `size` is what the image will have, None that of the file."""
         self._id = image_id
         self._descriptor: int | None = descriptor
         self._lock = threading.Lock()
         try:
-            self.size = image_size(image_id, os.fstat(descriptor))
+            self.size = image_size(image_id, os.fstat(descriptor)) if size is None else size
         except BaseException:
             self.close()
             raise
@@ -183,6 +199,12 @@ class FileReader:
         """Whether what was found is this very file."""
         with self._lock:
             return self._descriptor is not None and os.path.samestat(found, os.fstat(self._descriptor))
+
+    def arrived(self, offset: int) -> int:
+        return self.size - offset
+
+    def wait(self, offset: int, length: int, wake: Callable[[], None]) -> None:  # noqa: ARG002 - all of it is here
+        wake()
 
     def read(self, offset: int, length: int) -> bytes:
         wanted = max(min(length, self.size - offset), 0)

@@ -118,7 +118,7 @@ class FilesystemImageStore:
     def unfinished(self) -> Iterator[str]:
         return iter(()) if self.fresh else self._ids(_INCOMING)
 
-    def writer(self, image_id: str, *, keep: bool = False) -> ImageWriter:
+    def writer(self, image_id: str, *, keep: bool = False, followed: bool = False) -> ImageWriter:
         path = _incoming(image_id)
         self._require_marked()
         with self._lock:
@@ -126,9 +126,10 @@ class FilesystemImageStore:
             self._writing.add(image_id)
         try:
             with translated(f"write image {image_id}"):
-                descriptor = self._begin(image_id, path, keep=keep)
+                descriptor = self._begin(image_id, path, keep=keep, durably=not followed)
                 ended = partial(self._ended, image_id)
-                return FileWriter(self._directory, path, image_id, descriptor, ended)
+                # Followers would have to read from the disk what went past the page cache.
+                return FileWriter(self._directory, path, image_id, descriptor, ended, direct=not followed)
         except BaseException:
             self._ended(image_id)
             raise
@@ -241,13 +242,14 @@ class FilesystemImageStore:
         self._directory.rename(temporary, name)
         self._directory.sync()
 
-    def _begin(self, image_id: str, path: str, *, keep: bool) -> int:
+    def _begin(self, image_id: str, path: str, *, keep: bool, durably: bool) -> int:
         if self._directory.exists(image_id):
             raise Conflict(f"image {image_id} is stored already")
         if not keep:
             self._directory.remove(path + NOTES)
+        flags = os.O_RDWR | (0 if keep else os.O_TRUNC) | (0 if durably else os.O_CREAT)
         try:
-            return self._directory.open(path, os.O_RDWR | (0 if keep else os.O_TRUNC))
+            return self._directory.open(path, flags)
         except FileNotFoundError:
             self.claim(image_id)
             return self._directory.open(path, os.O_RDWR)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from imgsvc.errors import Conflict, NoSpace, NotFound, Unavailable
 from imgsvc.images.store import ImageReader, ImageWriter, Space, require_id
@@ -65,7 +65,7 @@ class MemoryImageStore:
             self._require_open()
             return iter(list(self._incoming))
 
-    def writer(self, image_id: str, *, keep: bool = False) -> ImageWriter:
+    def writer(self, image_id: str, *, keep: bool = False, followed: bool = False) -> ImageWriter:  # noqa: ARG002 - all can be
         require_id(image_id)
         with self._lock:
             self._require_writable()
@@ -191,6 +191,7 @@ class _MemoryWriter:
     def __init__(self, store: MemoryImageStore, image_id: str) -> None:
         self._store = store
         self._id = image_id
+        self._image = store.incoming(image_id)
         self._open = True
         self._sound = True
         self._committed = False
@@ -219,6 +220,9 @@ class _MemoryWriter:
     def notes(self) -> Sequence[str]:
         self._require_sound()
         return tuple(self._store.noted(self._id))
+
+    def follow(self, size: int) -> ImageReader:
+        return _MemoryReader(self._id, self._image, size)
 
     def commit(self) -> None:
         if self._committed:
@@ -249,18 +253,28 @@ class _MemoryWriter:
 
 
 class _MemoryReader:
-    def __init__(self, image_id: str, image: bytearray) -> None:
-        self.size = len(image)
+    def __init__(self, image_id: str, image: bytearray, size: int | None = None) -> None:
+        self.size = len(image) if size is None else size
         self._id = image_id
         self._image: bytearray | None = image
 
     def reads(self, image: bytearray) -> bool:
         return self._image is image
 
+    def arrived(self, offset: int) -> int:
+        return self.size - offset
+
+    def wait(self, offset: int, length: int, wake: Callable[[], None]) -> None:  # noqa: ARG002 - all of it is here
+        wake()
+
     def read(self, offset: int, length: int) -> bytes:
         if self._image is None:
             raise Unavailable(f"image {self._id} is no longer being read")
-        return bytes(memoryview(self._image)[offset : offset + length])
+        # No memoryview: who still writes could not make it longer then.
+        block = self._image[offset : offset + length]
+        if len(block) < min(length, self.size - offset):
+            raise Unavailable(f"image {self._id} is shorter than it was")
+        return bytes(block)
 
     def send(self, descriptor: int, offset: int, length: int) -> int:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,12 +26,23 @@ class Space:
 
 
 class ImageReader(Protocol):
-    """One complete image, open for reading. It stays whole when the image is deleted meanwhile."""
+    """One complete image, open for reading. It stays whole when the image is deleted meanwhile.
+
+    Some are still on their way here: then only bytes that have `arrived` may be read or sent, and only by one thread at
+    a time."""
 
     size: int
 
+    def arrived(self, offset: int) -> int:
+        """How many bytes from `offset` on may be read now. Never blocks. Raises what `read` does."""
+
+    def wait(self, offset: int, length: int, wake: Callable[[], None]) -> None:
+        """Has `wake` called, once and from any thread, when the byte at `offset` has arrived or never will; it must not
+        block. So many bytes from there on are wanted. Waits for nothing itself; a second call takes the place of the
+        first."""
+
     def read(self, offset: int, length: int) -> bytes:
-        """Up to `length` bytes from `offset`; fewer only at the end."""
+        """Up to `length` bytes from `offset`; fewer only at the end, and of an image that is on its way."""
 
     def send(self, descriptor: int, offset: int, length: int) -> int:
         """Writes up to `length` bytes from `offset`, which is before the end, to a socket that does not block.
@@ -70,6 +81,11 @@ class ImageWriter(Protocol):
 
     def notes(self) -> Sequence[str]:
         """In the order in which they were made; one that a crash cut is not among them."""
+
+    def follow(self, size: int) -> ImageReader:
+        """A reader of the image that will have `size` bytes, for as far as it is written: to ask for more raises
+        Unavailable. It may be used by another thread, and goes on after `commit` and `close`; `abort` may
+        take the bytes from it."""
 
     def commit(self) -> None:
         """When this returns, the image is on the disk under its name, whatever happens next.
@@ -121,10 +137,12 @@ class ImageStore(Protocol):
     def unfinished(self) -> Iterator[str]:
         """The ids that are claimed or were being written: what a crash left, when there is no transfer yet."""
 
-    def writer(self, image_id: str, *, keep: bool = False) -> ImageWriter:
+    def writer(self, image_id: str, *, keep: bool = False, followed: bool = False) -> ImageWriter:
         """Begins the image anew, claiming it, and dropping what an earlier unfinished writer left; or, to `keep` that,
         goes on behind it. The claim goes with `commit` or `unclaim`. Raises Conflict when the image is committed, or
-        another writer of it is open."""
+        another writer of it is open.
+
+        One that is `followed` is read while it is written, and nobody needs its claim after a loss of power."""
 
     def size(self, image_id: str) -> int:
         """Bytes of a committed image. Raises NotFound."""

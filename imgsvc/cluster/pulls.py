@@ -1,0 +1,176 @@
+"""All pulls of this member: one for each image that somebody wants and that is not here."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from concurrent.futures import Executor, ThreadPoolExecutor
+
+import structlog
+
+from imgsvc.cluster.follower import Follower
+from imgsvc.cluster.pull import Pull
+from imgsvc.cluster.relay import Relay
+from imgsvc.cluster.supply import Supply
+from imgsvc.errors import Conflict, Elsewhere, ImgsvcError, NotFound, Stopping, Unavailable
+from imgsvc.images.store import ImageReader, ImageStore
+from imgsvc.metadata.image import Image, Status
+from imgsvc.metadata.store import MetadataStore
+from imgsvc.room import Room
+from imgsvc.settlements import Settlements
+from imgsvc.throttle import Throttle
+from imgsvc.transfers import Transfers
+
+# Images that are pulled at once because clients want them; the next waits for one of them to end, and its clients too.
+_FOR_CLIENTS = 32
+# Images that are copied at once without a client.
+_IN_BACKGROUND = 4
+# Parts of images that are on their way through at once.
+_RELAYING = 16
+# Seconds between two looks at whether the service stops.
+_LOOK = 0.25
+
+log = structlog.get_logger()
+
+
+class Pulls:
+    """Every method may be called from any thread."""
+
+    def __init__(
+        self,
+        images: ImageStore,
+        records: MetadataStore,
+        transfers: Transfers,
+        room: Room,
+        settlements: Settlements,
+        *,
+        supply: Supply,
+        hashers: Executor,
+    ) -> None:
+        self._images = images
+        self._records = records
+        self._transfers = transfers
+        self._room = room
+        self._settlements = settlements
+        self._supply = supply
+        self._hashers = hashers
+        self._lock = threading.Lock()
+        self._running: dict[str, Pull] = {}
+        self._closing = threading.Event()
+        self._background = threading.Semaphore(_IN_BACKGROUND)
+        self._threads = ThreadPoolExecutor(_FOR_CLIENTS, thread_name_prefix="pull")
+        self._relaying = ThreadPoolExecutor(_RELAYING, thread_name_prefix="relay")
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def open(self, image: Image) -> ImageReader:
+        """A reader of a complete image that is not here: its bytes are pulled from the first one that is wanted on,
+        and kept. Never blocks. Raises Elsewhere when no live member holds them."""
+        if not self._supply.holders(image):
+            raise Elsewhere("no live member holds the image")
+
+        def relay(offset: int, digest: object | None) -> Relay:
+            return Relay(image, self._supply, self._relaying, offset=offset, before=digest)
+
+        # Without a digest nobody could tell whether a copy is right.
+        return Follower(image, lambda: self._join(image), relay) if image.sha256 else relay(0, None)
+
+    def copy(self, image: Image, throttle: Throttle | None = None) -> None:
+        """Returns when this member holds the complete image, and its record says so. Raises Unavailable when it cannot
+        be had now, NoSpace, NotFound or Conflict when it is not wanted any more, Stopping."""
+        if not image.sha256:
+            raise Unavailable("the image has no digest yet, by which a copy could be judged")
+        while not self._background.acquire(timeout=_LOOK):
+            self._require_open()
+        try:
+            with self._lock:
+                self._require_open()
+                pull = self._running.get(image.id)
+                mine = pull is None
+                if pull is None:
+                    pull = self._running[image.id] = self._made(image, throttle)
+            if mine:
+                self._run(pull)
+            while not pull.result(_LOOK):
+                self._require_open()
+        finally:
+            self._background.release()
+
+    def cancel(self, image_id: str, reason: ImgsvcError) -> None:
+        """Ends the pull of the image, if there is one, and for its clients at once."""
+        with self._lock:
+            pull = self._running.get(image_id)
+        if pull is not None:
+            pull.cancel(reason)
+
+    def close(self) -> None:
+        """Ends all pulls, and returns when they have."""
+        self._closing.set()
+        with self._lock:
+            running = list(self._running.values())
+        for pull in running:
+            pull.cancel(Stopping("the service is stopping"))
+        self._threads.shutdown(cancel_futures=True)
+        self._relaying.shutdown(cancel_futures=True)
+        self._supply.close()
+
+    def _join(self, image: Image) -> Pull:
+        with self._lock:
+            pull = self._running.get(image.id)
+            if pull is None:
+                pull = self._running[image.id] = self._made(image, None)
+                try:
+                    self._threads.submit(self._run, pull)
+                except RuntimeError:
+                    pull.cancel(Stopping("the service is stopping"))
+                    del self._running[image.id]
+            return pull
+
+    def _made(self, image: Image, throttle: Throttle | None) -> Pull:
+        return Pull(
+            image,
+            self._images,
+            self._supply,
+            room=self._room,
+            admit=self._admit,
+            hashers=self._hashers,
+            held=self._held,
+            throttle=throttle,
+        )
+
+    def _run(self, pull: Pull) -> None:
+        try:
+            pull.run()
+        finally:
+            with self._lock:
+                self._running.pop(pull.image.id, None)
+
+    def _admit(self) -> None:
+        with self._lock:
+            pulled = sum(pull.missing for pull in self._running.values())
+        self._room.check_space(pulled + self._transfers.announced)
+
+    def _held(self, image: Image) -> None:
+        self._settlements.settle(image.id, lambda: self._note(image))
+
+    def _note(self, image: Image) -> None:
+        """That the image is here now; unless it is not that image any more, and then its bytes go."""
+        try:
+            self._records.hold(image.id)
+            _require_same(self._records.get(image.id), image)
+        except (NotFound, Conflict):
+            with contextlib.suppress(NotFound):
+                self._records.release(image.id)
+            self._images.delete(image.id)
+            raise
+
+    def _require_open(self) -> None:
+        if self._closing.is_set():
+            raise Stopping("the service is stopping")
+
+
+def _require_same(stored: Image, image: Image) -> None:
+    if stored.status is not Status.COMPLETE or stored.sha256 != image.sha256:
+        raise Conflict("the image has other bytes by now")
