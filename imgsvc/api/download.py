@@ -16,6 +16,7 @@ from imgsvc.api.base import CLIENT_LEFT, BaseHandler
 from imgsvc.api.conditions import Validators, precondition, range_applies, validators_of
 from imgsvc.api.outlet import Outlet
 from imgsvc.api.ranges import ByteRange, Unsatisfiable, requested_range
+from imgsvc.cluster.supply import LOAD
 from imgsvc.errors import IdleTimeout
 from imgsvc.images.store import ImageReader
 from imgsvc.metadata.image import Image
@@ -41,6 +42,8 @@ class DownloadHandler(BaseHandler):
 
     async def get(self, image_id: str) -> None:
         own = bool(self.context.signatures.peer(self.request.headers, str(self.request.method), self.request.uri or ""))
+        if own:
+            self.set_header(LOAD, str(len(self.in_flight)))
         image, reader, stale = await self.context.records_pool.run(self.context.service.open, image_id, own=own)
         self.say_stale(stale)
         try:

@@ -20,6 +20,9 @@ class InFlight:
         self._none = asyncio.Event()
         self._none.set()
 
+    def __len__(self) -> int:
+        return len(self._requests)
+
     def add(self, request: Request) -> None:
         self._requests.add(request)
         self._none.clear()
