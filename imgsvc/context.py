@@ -26,14 +26,13 @@ from imgsvc.cluster.pulls import Pulls
 from imgsvc.cluster.supply import Supply
 from imgsvc.cluster.this_member import ThisMember
 from imgsvc.digests import Digests
-from imgsvc.errors import ConfigError, NotFound, Unavailable
+from imgsvc.errors import ConfigError, NotFound
 from imgsvc.fetcher import Fetcher
 from imgsvc.images.directory import sync_directory
 from imgsvc.images.filesystem import FilesystemImageStore
 from imgsvc.images.memory import MemoryImageStore
 from imgsvc.images.store import ImageStore
 from imgsvc.maintenance import Maintenance
-from imgsvc.metadata.image import Image
 from imgsvc.metadata.kvite import open_kvite
 from imgsvc.metadata.memory import MemoryMetadataStore
 from imgsvc.metadata.mirror import LiveMember, Mirror
