@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import base64
 import http.client
+import ipaddress
+import json
+import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +31,7 @@ SECRET = "known to members"
 
 Settings = dict[str, object]
 _READY_SECONDS = 30.0
+_ESTABLISHED = "01"
 
 
 @dataclass
@@ -36,6 +40,8 @@ class Stored:
 
     image: Image | None = None
     owner: str = ""
+    # The Unix time until which it waits for the member that brings it in.
+    waits_until: float = 0.0
     replicas: list[str] = field(default_factory=list)
 
 
@@ -155,6 +161,16 @@ class ClusterOfThree:
         if self.network is not None:
             self.network.heal()
 
+    def slow(self, member: Member, bytes_per_second: int) -> None:
+        """What it sends to whomever takes this long from now on."""
+        self._network.slow(member.place, bytes_per_second)
+
+    def connected(self, one: Member, other: Member) -> bool:
+        """Whether `one` has a connection open that it made to `other`. Each must have a network place of its own."""
+        wanted = _as_in_proc(other.place.address, other.port)
+        lines = Path(f"/proc/{one.pid}/net/tcp").read_text().splitlines()[1:]
+        return any(line.split()[2:4] == [wanted, _ESTABLISHED] for line in lines)
+
     def reaches(self, one: Member, other: Member) -> bool:
         return self.network is None or self.network.reaches(one.place, other.place)
 
@@ -180,6 +196,8 @@ class ClusterOfThree:
                 stored.image = Image.from_json(value, 0)
             elif rest == OWNER:
                 stored.owner = value.decode()
+            elif rest == "transfer":
+                stored.waits_until = json.loads(value)["until"]
             elif rest.startswith(f"{REPLICAS}/"):
                 stored.replicas.append(rest.removeprefix(f"{REPLICAS}/"))
         return found
@@ -249,6 +267,11 @@ def start_cut_cluster(network: Network, tmp_path: Path) -> Iterator[StartCluster
 
 def _directories(parent: Path) -> Sequence[Path]:
     return [parent / name for name in "abc"]
+
+
+def _as_in_proc(address: str, port: int) -> str:
+    """As /proc/net/tcp has it."""
+    return f"{int.from_bytes(ipaddress.ip_address(address).packed, sys.byteorder):08X}:{port:04X}"
 
 
 def _base64(text: str) -> str:

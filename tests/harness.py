@@ -74,6 +74,8 @@ class Service(Client):
         self.place = site.place
         self.command = self.place.command(*program)
         self.frozen = False
+        # How often it was frozen or ended, so that a test can tell whether that came in between.
+        self.breaks = 0
         self.settings: dict[str, object] = {
             "host": self.place.address,
             "image_store_config_dir": data_dir / "images",
@@ -164,6 +166,7 @@ class Service(Client):
     def kill(self) -> None:
         """SIGKILL, and no more of it when this returns; nothing if it does not run."""
         if self._process is not None:
+            self.breaks += 1
             self._process.kill()
             self.wait_exit()
 
@@ -181,6 +184,7 @@ class Service(Client):
         """Until SIGCONT nothing of it runs, and its connections stay open."""
         freeze(self._running())
         self.frozen = True
+        self.breaks += 1
 
     def cont(self) -> None:
         """Lets it go on, if it is frozen."""

@@ -107,6 +107,11 @@ class Network:
                 self._cuts.remove((sender, receiver))
                 _ip(sender, f"neigh del {receiver.address} dev eth0")
 
+    def slow(self, place: Place, bytes_per_second: int) -> None:
+        """From now on what the host sends takes this long."""
+        rate = f"rate {bytes_per_second * 8}bit burst 64kb latency 200ms"
+        _run(place.command("tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", *rate.split()))
+
     def reaches(self, one: Place, other: Place) -> bool:
         return (one, other) not in self._cuts
 
@@ -131,12 +136,13 @@ def why_no_namespaces() -> str:
     """Empty where a `Network` can be made."""
     if os.geteuid() != 0:
         return "network namespaces take root"
-    missing = [program for program in ("ip", "nsenter") if shutil.which(program) is None]
+    missing = [program for program in ("ip", "nsenter", "tc") if shutil.which(program) is None]
     if missing:
         return f"{', '.join(missing)} not installed"
     try:
         with Network() as network:
             network.cut(network.host(), network.host())
+            network.slow(network.host(), 1_000_000)
     except (OSError, AssertionError) as error:
         return f"no network namespaces can be made here: {error}"
     return ""
@@ -165,7 +171,9 @@ def _enter(namespace: int) -> None:
 
 
 def _ip(place: Place, *lines: str) -> None:
-    done = subprocess.run(
-        place.command("ip", "-batch", "-"), input="\n".join(lines), text=True, capture_output=True, check=False
-    )
-    assert done.returncode == 0, f"ip: {lines}: {done.stderr.strip()}"
+    _run(place.command("ip", "-batch", "-"), "\n".join(lines))
+
+
+def _run(command: list[str], said: str = "") -> None:
+    done = subprocess.run(command, input=said, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, f"{command}: {said}: {done.stderr.strip()}"

@@ -171,7 +171,7 @@ class Checks:
     def _without_owner(self, images: Mapping[str, Stored]) -> Iterator[str]:
         """Images in transfer whose owner has died; those who could take them over have three leases for it."""
         orphans = {each for each, stored in images.items() if stored.image and stored.image.in_transfer}
-        orphans = {each for each in orphans if not images[each].owner}
+        orphans = {each for each in orphans if not images[each].owner and images[each].waits_until < time.time()}
         able = [each for each in self._cluster.live() if self._is_ready(each) and self._cluster.reaches_etcd(each)]
         now = time.monotonic()
         self._orphans = {each: self._orphans.get(each, now) for each in orphans} if able else {}

@@ -10,7 +10,7 @@ _MEMBERS = "abc"
 _ETCD = "012"
 
 # What clients do, and how often beside the others.
-_WORK = {"upload": 5, "post": 5, "delete": 3, "read": 2}
+_WORK = {"upload": 5, "post": 5, "piece": 3, "delete": 3, "read": 2}
 # How much of it before the first fault.
 _AT_FIRST = 8
 # Each fault that lasts, and what ends it.

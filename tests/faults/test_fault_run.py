@@ -24,6 +24,8 @@ from tests.namespaces import Network, why_no_namespaces
 SEED = os.environ.get("FAULTS_SEED", "")
 STEPS = os.environ.get("FAULTS_STEPS", "")
 _DISK_BYTES = 64 << 20
+# A request is answered within ten seconds, and a busy machine takes its time as well.
+_ANSWER_SECONDS = 16.0
 # After so many steps all is healed, and looked at as in the end.
 _STAGE = 40
 
@@ -72,7 +74,9 @@ def run(cluster: ClusterOfThree, count: int, without: frozenset[str]) -> None:
     seed = int(SEED or random.randrange(1 << 32))
     model, disks = Model(), Disks()
     done: list[Step] = []
+    print("seed", seed)  # noqa: T201 - pytest keeps it for when the test fails
     for member in cluster.members:
+        member.timeout = _ANSWER_SECONDS
         member.expect_errors("image damaged", "bytes of a complete image are missing")
     with closing(Clients(model, cluster.source)) as clients:
         deeds, checks = Deeds(cluster, model, disks, clients), Checks(cluster, model, disks)
