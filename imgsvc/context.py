@@ -96,7 +96,7 @@ class Context:
             self.signatures = Signatures(settings.cluster.secret, member.id)
             self.peers = Peers(self.signatures, settings.cluster.peer_timeout)
             self.mirror = Mirror() if settings.metadata_store.type == "etcd" else None
-            self.records = _open_records(settings, member, opened, self._this)
+            self.records = _open_records(settings, member, opened, self._this, self.mirror)
             self._wire()
             self._opened = opened.pop_all()
 
@@ -270,11 +270,12 @@ def _open_records(
     member: Member,
     opened: contextlib.ExitStack,
     this: ThisMember | None = None,
+    mirror: Mirror | None = None,
 ) -> MetadataStore:
-    """`this` is the member that transfers; None for a work beside it."""
+    """`this` is the member that transfers, `mirror` is what is to be filled; None for a work beside it."""
     wanted = settings.metadata_store
     if wanted.type == "etcd":
-        return _open_etcd(settings, member, opened, this)
+        return _open_etcd(settings, member, opened, this, mirror)
     if wanted.type == "memory":
         return MemoryMetadataStore(member)
     _make_data_dir(settings, wanted.filename)
@@ -288,12 +289,17 @@ def _open_records(
 
 
 def _open_etcd(
-    settings: Settings, member: Member, opened: contextlib.ExitStack, this: ThisMember | None
+    settings: Settings,
+    member: Member,
+    opened: contextlib.ExitStack,
+    this: ThisMember | None,
+    mirror: Mirror | None,
 ) -> MetadataStore:
     # Late: who does without etcd need not load gRPC.
     from imgsvc.cluster.membership import Membership, NoLease  # noqa: PLC0415
     from imgsvc.etcd import Etcd  # noqa: PLC0415
-    from imgsvc.metadata.etcd import EtcdMetadataStore, Leases  # noqa: PLC0415
+    from imgsvc.metadata.etcd import EtcdMetadataStore  # noqa: PLC0415
+    from imgsvc.metadata.etcd_transfers import Leases  # noqa: PLC0415
 
     wanted = settings.metadata_store
     etcd = _opened(
@@ -315,7 +321,7 @@ def _open_etcd(
             )
         ttl = settings.cluster.lease_ttl
         leases = _opened(opened, Membership(etcd, wanted.prefix, this, seat=_seat(settings), ttl=ttl))
-    return _opened(opened, EtcdMetadataStore(etcd, wanted.prefix, member, leases))
+    return _opened(opened, EtcdMetadataStore(etcd, wanted.prefix, member, leases, mirror))
 
 
 def _make_data_dir(settings: Settings, path: Path) -> None:

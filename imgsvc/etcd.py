@@ -6,6 +6,7 @@ nothing, and which takes several addresses only as numbers, not as the names tha
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 import urllib.parse
@@ -18,17 +19,18 @@ import grpc
 from imgsvc.deadline import time_left
 from imgsvc.errors import ConfigError, ImgsvcError, NoSpace, Unavailable
 from imgsvc.etcd_messages import (
+    Changes,
     Comparison,
     Etcd3Client,
     KeyValue,
     Operation,
     Outcome,
     Page,
+    changes_by,
     etcdrpc,
     found_by,
     key_values,
     raw,
-    text,
 )
 from imgsvc.etcd_wire import page
 
@@ -66,6 +68,9 @@ _TOKEN_REFUSED = {
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.PERMISSION_DENIED,
 }
+# etcd knows this request since 3.4, and etcd3 does not. Its answer is of no watch.
+_PROGRESS = etcdrpc.WatchRequest.FromString(b"\x1a\x00")
+_PROGRESS_ID = -1
 
 
 class Compacted(Unavailable):
@@ -206,50 +211,10 @@ class Etcd:
         request = etcdrpc.LeaseRevokeRequest(ID=lease)
         self._call(lambda endpoint, **options: endpoint.client.leasestub.LeaseRevoke(request, **options), timeout)
 
-    def deletions(
-        self, key: str, end: str, revision: int, seconds: float, stop: threading.Event
-    ) -> Iterator[tuple[str, int]]:
-        """Each key from `key` up to `end` that is deleted at `revision` or later, with the revision of its deletion.
-
-        Ends after `seconds`, or sooner when `stop` is set. Raises Compacted, and Unavailable when the endpoint fails
-        or answers nothing; the next call then goes to another one.
-        """
+    def watch(self, key: str, end: str, revision: int) -> Watch:
+        """What changes from `key` up to `end`, from `revision` on. To be closed."""
         endpoint = self._endpoint()
-        over = threading.Event()
-        watch_id = 0
-        create = etcdrpc.WatchCreateRequest(
-            key=raw(key), range_end=raw(end), start_revision=revision, filters=[etcdrpc.WatchCreateRequest.NOPUT]
-        )
-
-        def requests() -> Iterator[Any]:
-            yield etcdrpc.WatchRequest(create_request=create)
-            stop.wait(seconds)
-            over.set()
-            # The answer to this tells a quiet member from a dead one.
-            yield etcdrpc.WatchRequest(cancel_request=etcdrpc.WatchCancelRequest(watch_id=watch_id))
-
-        reason = ""
-        try:
-            metadata = self._metadata(endpoint, self._attempt_timeout)
-            stream = endpoint.watch.Watch(requests(), timeout=seconds + self._attempt_timeout / 2, metadata=metadata)
-            try:
-                for answer in stream:
-                    watch_id = answer.watch_id
-                    if answer.compact_revision:
-                        raise Compacted(f"{self} has compacted revision {revision}")
-                    for event in answer.events:
-                        yield text(event.kv.key), event.kv.mod_revision
-                    if answer.canceled:
-                        reason = answer.cancel_reason
-                        break
-            finally:
-                stream.cancel()
-        except grpc.RpcError as error:
-            self._move_on(endpoint)
-            raise self._translated(error) from error
-        if not over.is_set():
-            self._move_on(endpoint)
-            raise Unavailable(f"{endpoint.address} has ended a watch: {reason}")
+        return Watch(self, endpoint, raw(key), raw(end), revision)
 
     def close(self) -> None:
         """Ends what is under way as Unavailable; may be called twice."""
@@ -270,7 +235,7 @@ class Etcd:
             except grpc.RpcError as error:
                 if error.code() not in _TRY_ANOTHER or time.monotonic() >= deadline:
                     raise self._translated(error) from error
-            self._move_on(endpoint)
+            self.move_on(endpoint)
             failures += 1
             if failures % len(self._endpoints) == 0:
                 self._closed.wait(_PAUSE_SECONDS)
@@ -312,11 +277,23 @@ class Etcd:
         with self._lock:
             return self._endpoints[self._current]
 
-    def _move_on(self, failed: _Endpoint) -> None:
+    def move_on(self, failed: _Endpoint) -> None:
         """Only from the one that failed: another thread may have moved on from it before."""
         with self._lock:
             if self._endpoints[self._current] is failed:
                 self._current = (self._current + 1) % len(self._endpoints)
+
+    def is_current(self, endpoint: _Endpoint) -> bool:
+        with self._lock:
+            return self._endpoints[self._current] is endpoint
+
+    def metadata(self, endpoint: _Endpoint) -> Any:
+        """What a stream to this endpoint begins with. Raises Unavailable."""
+        try:
+            return self._metadata(endpoint, self._attempt_timeout)
+        except grpc.RpcError as error:
+            self.move_on(endpoint)
+            raise self._translated(error) from error
 
     def _translated(self, error: grpc.RpcError) -> ImgsvcError:
         code = error.code()
@@ -329,6 +306,62 @@ class Etcd:
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "space" in (error.details() or ""):
             return NoSpace(said)
         return Unavailable(said)
+
+
+class Watch:
+    """One stream of changes from one endpoint. All but the iteration may be called by any thread."""
+
+    def __init__(self, etcd: Etcd, endpoint: _Endpoint, key: bytes, end: bytes, revision: int) -> None:
+        self._etcd = etcd
+        self._endpoint = endpoint
+        self._revision = revision
+        self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        create = etcdrpc.WatchCreateRequest(key=key, range_end=end, start_revision=revision)
+        self._requests.put(etcdrpc.WatchRequest(create_request=create))
+        self._closed = False
+        metadata = etcd.metadata(endpoint)
+        self._stream = endpoint.watch.Watch(iter(self._requests.get, None), metadata=metadata)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether its endpoint is the one that calls go to."""
+        return self._etcd.is_current(self._endpoint)
+
+    def __iter__(self) -> Iterator[Changes]:
+        """Until `close`. Raises Compacted when etcd no longer has the first revision, and Unavailable when the endpoint
+        fails; what is asked next then goes to another one. One that freezes says nothing."""
+        try:
+            for answer in self._stream:
+                if answer.compact_revision:
+                    raise Compacted(f"{self._etcd} has compacted revision {self._revision}")
+                if answer.canceled:
+                    raise self._failed(answer.cancel_reason)
+                if answer.events or answer.watch_id == _PROGRESS_ID:
+                    yield changes_by(answer)
+        except grpc.RpcError as error:
+            if not self._closed:
+                raise self._failed(error.details() or "") from error
+        if not self._closed:
+            raise self._failed("it has ended")
+
+    def ask_progress(self) -> None:
+        """Has `Changes` told soon, although there be none, with the revision up to which all were told."""
+        self._requests.put(_PROGRESS)
+
+    def fail(self) -> None:
+        """It is no good: `close`, and what is asked next goes to another endpoint."""
+        self._etcd.move_on(self._endpoint)
+        self.close()
+
+    def close(self) -> None:
+        """Ends the iteration; may be called twice."""
+        self._closed = True
+        self._requests.put(None)
+        self._stream.cancel()
+
+    def _failed(self, reason: str) -> Unavailable:
+        self._etcd.move_on(self._endpoint)
+        return Unavailable(f"{self._endpoint.address} has ended a watch: {reason}")
 
 
 def _address(machine: str, scheme: str) -> tuple[str, int]:

@@ -6,6 +6,7 @@ import hashlib
 
 RECORD = "metadata"
 OWNER = "owner"
+CARRIER = "transfer"
 REPLICAS = "replicas"
 
 
@@ -32,6 +33,11 @@ class Layout:
         """The id of the member that is transferring it; on that member's lease."""
         return f"{self.images}{image_id}/{OWNER}"
 
+    def carrier(self, image_id: str) -> str:
+        """Who brings the image in, and until when nobody else may end that; made with the owner, on no lease, and gone
+        when the transfer is over."""
+        return f"{self.images}{image_id}/{CARRIER}"
+
     def replica(self, image_id: str, member: str) -> str:
         """A note of that member, which holds the bytes."""
         return f"{self.images}{image_id}/{REPLICAS}/{member}"
@@ -52,6 +58,11 @@ class Layout:
         """Image id, and the rest, of a key below `images`."""
         image_id, _, rest = key.removeprefix(self.images).partition("/")
         return image_id, rest
+
+
+def is_replica(name: str) -> bool:
+    """Whether the rest of a key below an image's is a note of a member that holds the bytes."""
+    return name.startswith(f"{REPLICAS}/")
 
 
 def end_of(start: str) -> str:

@@ -59,6 +59,23 @@ class Outcome:
     repeated: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What became of a key at a revision; `item` is None when it was deleted."""
+
+    key: str
+    item: KeyValue | None
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """In the order in which they happened; `revision` is the one up to which all were told."""
+
+    changes: Sequence[Change]
+    revision: int
+
+
 def put(key: str, value: str, lease: int = 0) -> Operation:
     return etcdrpc.RequestOp(request_put=etcdrpc.PutRequest(key=raw(key), value=value.encode(), lease=lease))
 
@@ -116,3 +133,12 @@ def key_values(found: Iterable[Any]) -> list[KeyValue]:
 def found_by(response: Any) -> list[KeyValue]:
     """What one operation of a transaction read or deleted."""
     return key_values(response.response_range.kvs) or key_values(response.response_delete_range.prev_kvs)
+
+
+def changes_by(answer: Any) -> Changes:
+    """What one message of a watch tells: events, or without any how far it is."""
+    changes = []
+    for event in answer.events:
+        (item,) = key_values([event.kv])
+        changes.append(Change(item.key, None if event.type == event.DELETE else item, item.modified))
+    return Changes(changes, changes[-1].revision if changes else answer.header.revision)

@@ -60,12 +60,13 @@ class ImageService:
     @property
     def stale(self) -> float | None:
         """Seconds since what `list` shows was known to be all that there is; None when it is now. Never blocks."""
-        return None
+        return self._records.stale
 
     def look(self, image_id: str) -> tuple[Image, float | None]:
         """As `get`, but also while the records cannot be asked, where this member remembers them: then with the seconds
         since it last heard of them. Raises Unavailable where it does not."""
-        return self.get(image_id), None
+        _require_id(image_id)
+        return self._records.look(image_id)
 
     def get(self, image_id: str) -> Image:
         """Raises NotFound, also for what is no id."""

@@ -240,7 +240,7 @@ class TestRefusals:
         with pytest.raises(Compacted):
             connection.range(etcd_prefix, revision=old)
         with pytest.raises(Compacted):
-            list(connection.deletions(etcd_prefix, "", old, 1, threading.Event()))
+            list(connection.watch(etcd_prefix, "", old))
 
     def test_a_large_answer(self, connection: Etcd, etcd_prefix: str) -> None:
         """An answer may be larger than the 4 MiB that gRPC takes by itself."""

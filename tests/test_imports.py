@@ -105,7 +105,7 @@ RULES: tuple[Only | AtMost, ...] = (
     ),
     AtMost(
         ("imgsvc.metadata.etcd*",),
-        ("imgsvc.metadata.*", "imgsvc.errors", "imgsvc.etcd*"),
+        ("imgsvc.metadata.*", "imgsvc.errors", "imgsvc.etcd*", "imgsvc.deadline"),
         "a metadata store knows records, and nothing of who uses it",
     ),
     AtMost(

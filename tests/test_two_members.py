@@ -14,7 +14,7 @@ from imgsvc.transfer import Transfer
 from tests.etcd_cluster import EtcdCluster
 from tests.flaky import UNKNOWN
 from tests.images.helpers import content
-from tests.metadata.etcd_store import new_member, open_store
+from tests.metadata.etcd_store import OwnedEtcdStore, new_member, open_store
 from tests.rooms import Rooms, feed_and_finish
 
 SOURCE = "http://source.example/image"
@@ -45,6 +45,12 @@ def failed_unheard(host: Rooms) -> str:
     return transfer.image.id
 
 
+def lose_owner(host: Rooms, image_id: str) -> None:
+    """As when the lease of the member that is transferring is over."""
+    assert isinstance(host.base, OwnedEtcdStore)
+    assert host.base.etcd.delete(host.base._layout.owner(image_id))
+
+
 def test_a_late_settlement_does_not_end_another_members_fetch(hosts: list[Rooms]) -> None:
     """The image that failed at one is fetched again at two; then one is back, and settles what it believes open."""
     one, two = hosts
@@ -67,6 +73,7 @@ def test_bytes_of_an_ended_transfer_do_not_stand_for_the_image(hosts: list[Rooms
     first.feed(b"abc")
     first.commit()
     stored = two.base.get(first.image.id)
+    lose_owner(two, stored.id)
     two.base.update(stored.failed("by hand"))
     with pytest.raises(Conflict):
         first.complete()

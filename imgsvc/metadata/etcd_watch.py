@@ -1,87 +1,286 @@
-"""Follows the deletions of records in etcd, through its outages."""
+"""Follows etcd, through its outages: all images and members into the mirror, and deletions to who wants to know.
+
+Two threads. One reads everything, at one revision, and from there on takes changes from a watch; a watch that ends is
+opened again where it ended, and everything is read again only when etcd has compacted that away or is another etcd. The
+other asks etcd twice a second for one key, which a majority of its members must answer: that is how a frozen etcd is
+told from a quiet one, and, as the answer says at which revision etcd is, a frozen watch from one that has nothing to
+tell.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import structlog
 
 from imgsvc.errors import ImgsvcError
-from imgsvc.etcd import Compacted, Etcd
+from imgsvc.etcd import Compacted, Etcd, Watch
 from imgsvc.etcd_layout import RECORD, Layout, end_of
+from imgsvc.etcd_messages import Change, Changes, KeyValue, Page
+from imgsvc.metadata.etcd_deletions import Deletions
+from imgsvc.metadata.etcd_images import changed, grouped, read_member
+from imgsvc.metadata.mirror import Mirror
 
-# A watch on a frozen member shows nothing; so each is short, and before each a read finds a member that answers.
-_WATCH_SECONDS = 2.0
-_READ_SECONDS = 2.0
-# Between attempts while etcd is away.
+_PAGE = 1_000
+# Seconds between two questions, and how long an answer may take.
+_BEAT_SECONDS = 0.5
+_ANSWER_SECONDS = 1.0
+# Seconds for a page of everything.
+_PAGE_SECONDS = 4.0
+# Seconds for which a watch may lag behind what etcd says before another endpoint is watched.
+_LAG_SECONDS = 1.5
+# Seconds between attempts while etcd is away.
 _RETRY_SECONDS = 0.5
+# How long who begins to follow deletions waits for the beginning of what is followed.
+_PATIENCE_SECONDS = 2.0
 
-_log = structlog.get_logger()
+log = structlog.get_logger()
 
 
-class DeletionWatch:
-    """Calls `deleted(id)` and `gap()` from its own thread, until `close`; what was deleted before it was made is
-    not its concern."""
+class Follower:
+    """Fills the mirror until `close`. `answers` says whether etcd does, as far as is known."""
 
-    def __init__(self, etcd: Etcd, layout: Layout, deleted: Callable[[str], None], gap: Callable[[], None]) -> None:
+    def __init__(self, etcd: Etcd, layout: Layout, mirror: Mirror) -> None:
+        self._answering = threading.Event()
+        self._answering.set()
         self._etcd = etcd
         self._layout = layout
-        self._deleted = deleted
-        self._gap = gap
+        self._mirror = mirror
         self._stop = threading.Event()
-        # The first revision whose deletions were not told yet; None when it is not known.
-        self._next: int | None = None
-        self._reachable = True
-        try:
-            self._next = self._revision() + 1
-        except ImgsvcError as error:
-            self._lost(error)
-        self._thread = threading.Thread(target=self._run, name="etcd-deletions", daemon=True)
-        self._thread.start()
+        self._wake = threading.Event()
+        self._loaded = threading.Event()
+        # Set once no change can be missed any more.
+        self._positioned = threading.Event()
+        self._lock = threading.Lock()
+        self._listeners: list[Deletions] = []
+        self._gap_due = False
+        self._watch: Watch | None = None
+        # The revision up to which all is in the mirror; None when it must be read.
+        self._at: int | None = None
+        # The revision that etcd was found at by the last beat, and up to which the watch has said to have told all.
+        self._found = 0
+        self._told = 0
+        # Whether the watch was asked how far it is, and has said nothing since.
+        self._asked = False
+        self._identity: tuple[int, str] | None = None
+        self._trouble = ""
+        self._threads = [
+            threading.Thread(target=self._run, name="etcd-watch", daemon=True),
+            threading.Thread(target=self._beat, name="etcd-heartbeat", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def answers(self) -> bool:
+        return self._answering.is_set()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether all has been read once, at the latest after so many seconds."""
+        return self._loaded.wait(seconds)
+
+    def doubt(self) -> None:
+        """Somebody got no answer: etcd counts as gone until it gives one."""
+        self._lost()
+        self._wake.set()
+
+    def follow_deletions(self, deleted: Callable[[str], None], gap: Callable[[], None]) -> None:
+        """As the metadata store promises."""
+        self._positioned.wait(_PATIENCE_SECONDS)
+        with self._lock:
+            self._listeners.append(Deletions(deleted, gap))
+            if not self._positioned.is_set():
+                self._gap_due = True
 
     def close(self) -> None:
+        """Ends the threads; may be called twice."""
         self._stop.set()
-        self._thread.join()
+        self._wake.set()
+        self._answering.set()
+        self._end_watch()
+        for thread in self._threads:
+            thread.join()
+        for listener in self._listeners:
+            listener.close()
 
     def _run(self) -> None:
         while not self._stop.is_set():
+            # A member of etcd that has just come back may not know yet what the others have done meanwhile.
+            self._answering.wait()
             try:
-                self._follow()
-                self._reachable = True
+                if self._at is None:
+                    self._load()
+                self._follow(self._at or 0)
             except Compacted as error:
-                _log.info("deletions may have been missed", reason=str(error))
-                self._next = None
+                log.info("records are read again", reason=str(error))
+                self._forget()
             except ImgsvcError as error:
-                self._lost(error)
+                if self._at is None:
+                    self._forget()
+                self._note_trouble(error)
+                self._stop.wait(_RETRY_SECONDS)
+            except Exception:  # without this thread, no change would be seen any more
+                log.exception("records not followed")
+                self._forget()
                 self._stop.wait(_RETRY_SECONDS)
 
-    def _follow(self) -> None:
-        """One watch; `_next` is where the one after it begins."""
-        current = self._revision()
-        if self._next is None:
-            self._tell(self._gap)
-            self._next = current + 1
-        start = self._layout.images
-        for key, revision in self._etcd.deletions(start, end_of(start), self._next, _WATCH_SECONDS, self._stop):
-            image_id, name = self._layout.split(key)
-            if name == RECORD:
-                self._tell(self._deleted, image_id)
-            self._next = revision + 1
+    def _forget(self) -> None:
+        with self._lock:
+            self._at = None
+            self._positioned.clear()
+            self._gap_due = bool(self._listeners)
 
-    def _revision(self) -> int:
-        return self._etcd.range(self._layout.images, timeout=_READ_SECONDS).revision
+    def _load(self) -> None:
+        """Reads all of it, at one revision."""
+        first = self._etcd.range(self._layout.records, timeout=_ANSWER_SECONDS)
+        revision = first.revision
+        with self._lock:
+            self._positioned.set()
+        identity = _identity(first)
+        images = grouped(self._layout, self._scan(self._layout.images, revision))
+        parsed = (changed(None, found.id, found.parts, complain=True) for found in images)
+        known = [each for each in parsed if each is not None]
+        members = [
+            read_member(item.key.removeprefix(self._layout.members), item)
+            for item in self._scan(self._layout.members, revision)
+        ]
+        another = self._identity is not None and self._identity != identity
+        self._mirror.replace(known, members, revision, anew=another or revision < self._found)
+        with self._lock:
+            self._at = self._told = self._found = revision
+            self._identity = identity
+            gap_due, self._gap_due = self._gap_due, False
+        self._mirror.heard()
+        self._loaded.set()
+        if gap_due:
+            for listener in self._listeners:
+                listener.tell_gap()
 
-    def _lost(self, error: ImgsvcError) -> None:
-        if self._reachable:
-            _log.warning("deletions cannot be followed now", reason=str(error))
-        self._reachable = False
+    def _scan(self, start: str, revision: int) -> Iterator[KeyValue]:
+        key = start
+        while not self._stop.is_set():
+            page = self._etcd.range(key, end_of(start), limit=_PAGE, revision=revision, timeout=_PAGE_SECONDS)
+            yield from page.items
+            if not page.more:
+                return
+            key = page.items[-1].key + "\0"
 
-    def _tell(self, callback: Callable[..., None], *arguments: str) -> None:
-        """Raises what store trouble the listener has, so that a gap is told again."""
+    def _follow(self, at: int) -> None:
+        """One watch, to its end."""
+        watch = self._etcd.watch(self._layout.members, end_of(self._layout.images), at + 1)
+        with self._lock:
+            self._watch, self._asked = watch, False
+        if self._stop.is_set():
+            watch.close()
         try:
-            callback(*arguments)
-        except ImgsvcError:
-            raise
-        except Exception:  # noqa: BLE001 - whatever is wrong with the listener, it shall hear of the next one
-            _log.exception("listener to deletions failed")
+            for changes in watch:
+                self._apply(changes)
+                if self._at is None:
+                    break
+        finally:
+            self._end_watch()
+
+    def _apply(self, news: Changes) -> None:
+        self._asked = False
+        deleted: list[str] = []
+        images: dict[tuple[str, int], dict[str, KeyValue | None]] = {}
+        for change in news.changes:
+            if change.key.startswith(self._layout.images):
+                image_id, name = self._layout.split(change.key)
+                images.setdefault((image_id, change.revision), {})[name] = change.item
+                if name == RECORD and change.item is None:
+                    deleted.append(image_id)
+            elif change.key.startswith(self._layout.members):
+                self._apply_to_members(change)
+        for (image_id, revision), parts in images.items():
+            self._mirror.follow(image_id, partial(changed, image_id=image_id, parts=parts, complain=True), revision)
+        with self._lock:
+            self._told = max(self._told, news.revision)
+            if news.changes and self._at is not None:
+                self._at = news.revision
+                self._mirror.followed(news.revision)
+        for image_id in deleted:
+            for listener in self._listeners:
+                listener.tell(image_id)
+
+    def _apply_to_members(self, change: Change) -> None:
+        member = change.key.removeprefix(self._layout.members)
+        if change.item is None:
+            self._mirror.leave(member)
+        else:
+            self._mirror.join(read_member(member, change.item))
+
+    def _end_watch(self) -> None:
+        with self._lock:
+            watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.close()
+
+    def _beat(self) -> None:
+        while not self._stop.is_set():
+            try:
+                before = self._at
+                page = self._etcd.range(self._layout.records, timeout=_ANSWER_SECONDS)
+                self._answering.set()
+                self._judge(page, before)
+            except ImgsvcError as error:
+                self._lost()
+                self._note_trouble(error)
+            except Exception:  # without this thread, an outage would not be seen any more
+                log.exception("etcd not asked")
+            self._wake.wait(_BEAT_SECONDS)
+            self._wake.clear()
+
+    def _judge(self, page: Page, before: int | None) -> None:
+        """What etcd's answer says of the mirror, and of the watch; `before` is where we were when it was asked."""
+        if before is None or self._at is None:
+            return
+        if page.revision < before or self._is_another(page):
+            log.warning("etcd is another one, or was restored; records are read again")
+            self._forget()
+            self._end_watch()
+            return
+        reached = max(self._at, self._told)
+        if reached >= page.revision or reached >= self._found:
+            self._mirror.heard()
+            self._trouble = ""
+        elif self._mirror.age > _LAG_SECONDS:
+            self._mirror.lost()
+        self._look_after_watch(page.revision, reached)
+        self._found = page.revision
+
+    def _look_after_watch(self, revision: int, reached: int) -> None:
+        """A watch that says nothing when asked, or only what is long past, is left for one at another endpoint."""
+        with self._lock:
+            watch = self._watch
+        if watch is None or reached >= revision:
+            return
+        if self._asked or not watch.in_use or self._mirror.age > _LAG_SECONDS:
+            watch.fail()
+        else:
+            self._asked = True
+            watch.ask_progress()
+
+    def _is_another(self, page: Page) -> bool:
+        """One set up anew may have the same cluster's id, which is made of its command line."""
+        cluster, name = _identity(page)
+        known_cluster, known_name = self._identity or (cluster, name)
+        if not known_name:
+            self._identity = (cluster, name)
+        return cluster != known_cluster or (known_name not in ("", name))
+
+    def _lost(self) -> None:
+        if not self._stop.is_set():
+            self._answering.clear()
+        self._mirror.lost()
+
+    def _note_trouble(self, error: ImgsvcError) -> None:
+        if not self._trouble:
+            log.warning("etcd cannot be followed now", reason=str(error))
+        self._trouble = str(error)
+
+
+def _identity(page: Page) -> tuple[int, str]:
+    return page.cluster, page.items[0].text if page.items else ""

@@ -1,7 +1,7 @@
 """What a cluster's records say, in the memory of one member: every image with its surroundings, and who is live.
 
-Filled by whoever follows the store, and by the store with what it writes itself; read by everybody, at any time,
-without waiting.
+Filled by whoever follows the store, and by the store with what it writes and reads itself; read by everybody, at any
+time, without waiting.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from imgsvc.errors import NotFound
 from imgsvc.metadata.image import Image, ImageType, Status
 
 _PAGE = 1_000
+# Ids that are remembered as deleted, some 2 MiB of them.
+_DELETED = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +76,34 @@ class Known:
         return f'{self.document[:-1]},"replicas":{json.dumps(self.replicas, separators=(",", ":"))}}}'
 
 
+# What becomes of an image: from what is known of it, None when nothing is. One without a document has no record yet.
+Change = Callable[[Known | None], Known | None]
+
+
 @dataclass(slots=True)
 class _State:
     known: dict[str, Known] = field(default_factory=dict)
     # Their ids in order.
     ids: list[str] = field(default_factory=list)
+    # What belongs to images that have no record yet, or no longer.
+    without_record: dict[str, Known] = field(default_factory=dict)
     members: dict[str, LiveMember] = field(default_factory=dict)
+
+    def get(self, image_id: str) -> Known | None:
+        return self.known.get(image_id) or self.without_record.get(image_id)
+
+    def set(self, image_id: str, known: Known | None) -> None:
+        if known is None or not known.document:
+            if self.known.pop(image_id, None) is not None:
+                del self.ids[bisect.bisect_left(self.ids, image_id)]
+            self.without_record.pop(image_id, None)
+            if known is not None and (known.owner or known.carrier or known.replicas):
+                self.without_record[image_id] = known
+            return
+        self.without_record.pop(image_id, None)
+        if image_id not in self.known:
+            bisect.insort(self.ids, image_id)
+        self.known[image_id] = known
 
 
 class Mirror:
@@ -91,20 +115,28 @@ class Mirror:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._state = _State()
+        # The store's revision up to which it was followed, and those at which single images are known beyond it.
+        self._revision = 0
+        self._ahead: dict[str, int] = {}
+        # The last ones, in the order of their deletion.
+        self._deleted: dict[str, None] = {}
         # When each member that is not live was last, or was first missed, by `time.monotonic`.
         self._missed: dict[str, float] = {}
-        self._heard: float | None = None
+        self._heard = time.monotonic()
         self.following = False
         self._listeners: list[Callable[[str], None]] = []
 
     # For readers.
 
     @property
+    def age(self) -> float:
+        """Seconds since the store was last heard, or since this was made."""
+        return time.monotonic() - self._heard
+
+    @property
     def stale(self) -> float | None:
         """Seconds since the store was last heard; None while it is being followed."""
-        if self.following:
-            return None
-        return time.monotonic() - (self._heard or 0.0)
+        return None if self.following else self.age
 
     def members(self) -> Mapping[str, LiveMember]:
         """The live ones, by id."""
@@ -126,10 +158,17 @@ class Mirror:
             raise NotFound(f"there is no image {image_id}")
         return known
 
+    def is_deleted(self, image_id: str) -> bool:
+        """Whether there was such an image, as far as this one remembers: of the last 10,000. Ids are never used
+        twice."""
+        return image_id in self._deleted
+
     def list(self, image_type: ImageType | None = None) -> Iterator[Sequence[str]]:
         """As `MetadataStore.list`."""
         for page in self.pages():
-            yield [known.to_json() for known in page if image_type in (None, known.type)]
+            documents = [known.to_json() for known in page if image_type in (None, known.type)]
+            if documents:
+                yield documents
 
     def pages(self) -> Iterator[Sequence[Known]]:
         """All images, in the order of their ids, at most 1,000 at a time; what exists throughout is in it once."""
@@ -150,29 +189,61 @@ class Mirror:
 
     # For writers.
 
-    def replace(self, known: Iterable[Known], members: Iterable[LiveMember]) -> None:
-        """All of it, as the store has it now."""
-        state = _State(known={each.id: each for each in known}, members={each.id: each for each in members})
+    def replace(
+        self, known: Iterable[Known], members: Iterable[LiveMember], revision: int = 0, *, anew: bool = False
+    ) -> None:
+        """All of it, as the store had it at `revision`; what is known from a later one stays. `anew`: revisions count
+        from the beginning again."""
+        state = _State(members={each.id: each for each in members})
+        for each in known:
+            (state.known if each.document else state.without_record)[each.id] = each
         state.ids = sorted(state.known)
         with self._lock:
+            self._ahead = {} if anew else {each: at for each, at in self._ahead.items() if at > revision}
+            for image_id in self._ahead:
+                state.set(image_id, self._state.get(image_id))
+            for image_id in self._state.known.keys() - state.known.keys():
+                self._note_deleted(image_id)
             self._note_missed(state.members)
-            self._state = state
+            self._state, self._revision = state, revision
         self._tell("")
+
+    def note(self, image_id: str, known: Known | None, revision: int) -> None:
+        """One image as the store had it at `revision`, or None when it was not there; ignored when more is known."""
+        with self._lock:
+            if revision <= max(self._revision, self._ahead.get(image_id, 0)):
+                return
+            self._ahead[image_id] = revision
+            self._set(image_id, known)
+        self._tell(image_id)
+
+    def follow(self, image_id: str, change: Change, revision: int) -> None:
+        """A change that the store made at `revision`, each in its turn; ignored when more is known of the image."""
+        with self._lock:
+            # All that happened before it is here.
+            self._revision = max(self._revision, revision - 1)
+            if revision <= self._ahead.get(image_id, 0):
+                return
+            self._set(image_id, change(self._state.get(image_id)))
+        self._tell(image_id)
+
+    def followed(self, revision: int) -> None:
+        """All changes up to `revision` are here."""
+        with self._lock:
+            self._revision = revision
+            if self._ahead:
+                self._ahead = {image_id: at for image_id, at in self._ahead.items() if at > revision}
 
     def put(self, known: Known) -> None:
         """One image, new or changed."""
-        known = dataclasses.replace(known, replicas=tuple(map(sys.intern, known.replicas)))
         with self._lock:
-            if known.id not in self._state.known:
-                bisect.insort(self._state.ids, known.id)
-            self._state.known[known.id] = known
+            self._set(known.id, known)
         self._tell(known.id)
 
     def remove(self, image_id: str) -> None:
         """An image that is deleted; may be repeated."""
         with self._lock:
-            if self._state.known.pop(image_id, None) is not None:
-                del self._state.ids[bisect.bisect_left(self._state.ids, image_id)]
+            self._set(image_id, None)
         self._tell(image_id)
 
     def join(self, member: LiveMember) -> None:
@@ -197,6 +268,19 @@ class Mirror:
     def lost(self) -> None:
         """The store does not answer."""
         self.following = False
+
+    def _set(self, image_id: str, known: Known | None) -> None:
+        if known is not None and known.document:
+            self._deleted.pop(image_id, None)
+            known = dataclasses.replace(known, replicas=tuple(map(sys.intern, known.replicas)))
+        elif image_id in self._state.known:
+            self._note_deleted(image_id)
+        self._state.set(image_id, known)
+
+    def _note_deleted(self, image_id: str) -> None:
+        self._deleted[image_id] = None
+        if len(self._deleted) > _DELETED:
+            del self._deleted[next(iter(self._deleted))]
 
     def _note_missed(self, live: Mapping[str, LiveMember]) -> None:
         for member in self._state.members.keys() - live.keys():

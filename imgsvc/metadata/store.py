@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,11 +23,13 @@ class Member:
 class Entry:
     """A record with its surroundings. `owner` is the id of the member that is transferring it, None when nobody is
     known to; `here` says that this member, or one that served from its site before, is on record as holding it. In a
-    store that no other host shares, a complete image is here."""
+    store that no other host shares, a complete image is here. `carrier` is the member that began the transfer, live or
+    not, as far as the store notes that."""
 
     image: Image
     owner: str | None
     here: bool
+    carrier: str | None = None
 
 
 class MetadataStore(Protocol):
@@ -47,12 +49,21 @@ class MetadataStore(Protocol):
 
     def list(self, image_type: ImageType | None = None) -> Iterator[Sequence[str]]:
         """Pages of at most 1,000 documents, as `Image.to_json` writes them, ordered by id; what exists throughout is in
-        it exactly once. As new as what `peek` shows."""
+        it exactly once. As new as what `peek` shows, or as `stale` says."""
+
+    @property
+    def stale(self) -> float | None:
+        """For how many seconds what `list` shows may be out of date, as the store does not answer; None when it is not:
+        then it shows at once what this member has written, and what others have within a second. It never blocks."""
 
     def survey(self) -> Iterator[Sequence[Entry]]:
         """As `list`, but images, with who is transferring and who holds."""
 
     def get(self, image_id: str) -> Image: ...
+
+    def look(self, image_id: str) -> tuple[Image, float | None]:
+        """As `get`, and within a second: when the store does not answer, what was last heard of the image, with the
+        seconds since. Raises Unavailable when nothing was."""
 
     def peek(self, image_id: str) -> str | None:
         """The record's document, or None when that cannot be said, or whether there is one, without waiting: this
@@ -70,12 +81,19 @@ class MetadataStore(Protocol):
     def update(self, image: Image) -> Image:
         """Replaces the record whose revision is `image.revision`, and returns it with the new one; never creates.
 
-        The writer of a record in transfer becomes its owner, the writer of a complete one a holder; in `error` it
-        has neither. Raises Conflict when the stored record has another revision, NotFound when it is gone.
+        The writer of a record in transfer becomes its owner and its carrier, the writer of a complete one a holder; in
+        `error` it has neither. Raises Conflict when the stored record has another revision, or when another member is
+        transferring the image, NotFound when it is gone. A transfer of this member's own that another has taken over
+        since is a Conflict also when that one is gone by now.
         """
 
+    def expect(self, image_id: str, until: float) -> None:
+        """Notes that nobody else may end this member's transfer of the image before the Unix time `until`, although
+        this member be dead. Raises Conflict when it is not transferring it."""
+
     def may_own(self, image_id: str) -> bool:
-        """Whether this member may be the one that transfers the image: nobody else is on record as its owner.
+        """Whether this member may go on with a transfer of the image that it began: nobody else is on record as its
+        owner, nor, dead by now or not, as who carried it after us.
 
         Who asks after `get` and then updates what it got is fenced: another member becomes the owner only by a write
         of the record, which that update then conflicts with.
@@ -93,11 +111,15 @@ class MetadataStore(Protocol):
     def release(self, image_id: str) -> None:
         """Takes that note away; may be repeated, and does not mind a record that is gone."""
 
+    def drop_copy(self, image_id: str, keep: Collection[str]) -> bool:
+        """As `release`, but only while every other member of `keep` is on record as holding the bytes, of which there
+        must be one: so two members cannot each rely on the other. False when that is not so; then the note stays."""
+
     def holders(self, image_id: str) -> Sequence[str]:
         """Names, for a person, each other member that holds the bytes."""
 
     def follow_deletions(self, deleted: Callable[[str], None], gap: Callable[[], None]) -> None:
-        """From now on, in a thread of the store's own, until `close`: calls `deleted(id)` within five seconds of any
+        """From now on, in a thread of the store's own, until `close`: calls `deleted(id)` within two seconds of any
         member's deletion of a record, and `gap()` when some may have been missed, again and again until it does not
         raise. A store that no other process shares calls neither."""
 

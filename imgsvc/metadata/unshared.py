@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from imgsvc.metadata.image import Image, Status
 from imgsvc.metadata.store import Entry, Member
@@ -16,6 +16,16 @@ class Unshared:
 
     def get(self, image_id: str) -> Image:
         raise NotImplementedError
+
+    @property
+    def stale(self) -> float | None:
+        return None
+
+    def look(self, image_id: str) -> tuple[Image, float | None]:
+        return self.get(image_id), None
+
+    def expect(self, image_id: str, until: float) -> None:  # noqa: ARG002 - nobody else could end it
+        self.get(image_id)
 
     def may_own(self, image_id: str) -> bool:
         self.get(image_id)
@@ -31,6 +41,10 @@ class Unshared:
     def release(self, image_id: str) -> None:
         """There is nobody else who could hold a complete image."""
 
+    def drop_copy(self, image_id: str, keep: Collection[str]) -> bool:  # noqa: ARG002 - there is no other copy
+        self.get(image_id)
+        return False
+
     def holders(self, image_id: str) -> Sequence[str]:
         self.get(image_id)
         return ()
@@ -40,4 +54,4 @@ class Unshared:
 
     def _entry(self, image: Image) -> Entry:
         owner = self._member.id if image.in_transfer else None
-        return Entry(image, owner, here=image.status is Status.COMPLETE)
+        return Entry(image, owner, here=image.status is Status.COMPLETE, carrier=owner)

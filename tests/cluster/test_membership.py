@@ -138,6 +138,8 @@ class TestLoss:
         taken, finished, deleted = (store.create(image()) for _ in range(3))
         lost = store.membership.lease_id
         assert lost is not None
+        for each in (taken, finished):
+            observer.etcd.delete(observer._layout.owner(each.id))
         observer.update(taken.started(1))
         observer.update(finished.failed("it was"))
         observer.delete(deleted.id)

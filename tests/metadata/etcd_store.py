@@ -10,6 +10,7 @@ from imgsvc.etcd import Etcd
 from imgsvc.images.memory import MemoryImageStore
 from imgsvc.metadata.etcd import EtcdMetadataStore
 from imgsvc.metadata.image import new_id
+from imgsvc.metadata.mirror import Mirror
 from imgsvc.metadata.store import Member
 
 
@@ -20,7 +21,8 @@ class OwnedEtcdStore(EtcdMetadataStore):
         self.etcd = etcd
         self.member = member
         self.membership = Membership(etcd, prefix, ThisMember(member, MemoryImageStore()), seat=member.site, ttl=ttl)
-        super().__init__(etcd, prefix, member, self.membership)
+        self.mirror = Mirror()
+        super().__init__(etcd, prefix, member, self.membership, self.mirror)
 
     def close(self) -> None:
         super().close()

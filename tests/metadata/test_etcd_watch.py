@@ -131,19 +131,20 @@ class TestOutages:
         assert listener.told == []
 
     def test_an_outage_at_the_start(
-        self, etcd_cluster: EtcdCluster, store: OwnedEtcdStore, other: OwnedEtcdStore, listener: Listener
+        self, etcd_cluster: EtcdCluster, etcd_prefix: str, other: OwnedEtcdStore, listener: Listener
     ) -> None:
         """Who begins to follow while etcd is away is told of a gap when it is back, and of deletions after that."""
         for i in range(3):
             etcd_cluster.kill(i)
-        listener.follow(store)
-        etcd_cluster.restore()
-        listener.wait_for("gap")
-        deleted = created_and_deleted(other)
-        listener.wait_for(deleted)
+        with closing(open_store(etcd_cluster.endpoints, etcd_prefix)) as store:
+            listener.follow(store)
+            etcd_cluster.restore()
+            listener.wait_for("gap")
+            deleted = created_and_deleted(other)
+            listener.wait_for(deleted)
         assert listener.told == ["gap", deleted]
 
-    def test_a_gap_that_could_not_be_made_up(self, etcd_cluster: EtcdCluster, store: OwnedEtcdStore) -> None:
+    def test_a_gap_that_could_not_be_made_up(self, etcd_cluster: EtcdCluster, etcd_prefix: str) -> None:
         """Who compares bytes and records meets the next outage: the gap is told until that has worked."""
         failures, told = iter([Unavailable("again"), Unavailable("and again")]), threading.Event()
 
@@ -154,9 +155,10 @@ class TestOutages:
 
         for i in range(3):
             etcd_cluster.kill(i)
-        store.follow_deletions(lambda _image_id: None, gap)
-        etcd_cluster.restore()
-        assert told.wait(PROMISED_SECONDS + 2)
+        with closing(open_store(etcd_cluster.endpoints, etcd_prefix)) as store:
+            store.follow_deletions(lambda _image_id: None, gap)
+            etcd_cluster.restore()
+            assert told.wait(PROMISED_SECONDS + 2)
 
 
 def test_a_compaction(etcd_cluster: EtcdCluster, other: OwnedEtcdStore, etcd_prefix: str, listener: Listener) -> None:
@@ -170,8 +172,9 @@ def test_a_compaction(etcd_cluster: EtcdCluster, other: OwnedEtcdStore, etcd_pre
         missed = created_and_deleted(other)
         etcd_cluster.call("/v3/kv/compaction", {"revision": other.etcd.range("x").revision}, 1)
         # A watch that is still open could tell the deletion in the moment before the member hears of the compaction.
-        (watch,) = lagging._watches
-        wait_for(lambda: not watch._reachable, 10, "the end of the watch")
+        wait_for(lambda: lagging.stale is not None, 10, "word that etcd is gone")
+        assert lagging._follower is not None
+        lagging._follower._end_watch()
         etcd_cluster.cont(0)
         listener.wait_for("gap", 10)
         deleted = created_and_deleted(other)

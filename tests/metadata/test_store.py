@@ -268,7 +268,7 @@ class TestRecords:
             error="a sentence",
         )
         updated = store.update(changed)
-        assert updated == dataclasses.replace(changed, revision=updated.revision)
+        assert updated == dataclasses.replace(changed, revision=updated.revision, replicas=updated.replicas)
         assert updated.revision != created.revision
         assert store.get(created.id) == store.get_by_source(SOURCE) == updated
         assert listed(store) == [updated]
@@ -328,9 +328,9 @@ class TestSurroundings:
     def test_a_transfer(self, store: MetadataStore) -> None:
         """Who writes a record in transfer owns it; who completes it holds it."""
         current = store.create(image(SOURCE))
-        assert entry(store, current.id) == Entry(current, owner=MEMBER.id, here=False)
+        assert entry(store, current.id) == Entry(current, owner=MEMBER.id, here=False, carrier=MEMBER.id)
         current = store.update(current.started(5))
-        assert entry(store, current.id) == Entry(current, owner=MEMBER.id, here=False)
+        assert entry(store, current.id) == Entry(current, owner=MEMBER.id, here=False, carrier=MEMBER.id)
         current = store.update(current.completed(5, "ab"))
         assert entry(store, current.id) == Entry(current, owner=None, here=True)
 
@@ -340,7 +340,7 @@ class TestSurroundings:
         current = store.update(current.failed("the bytes have rotted"))
         assert entry(store, current.id) == Entry(current, owner=None, here=False)
         current = store.update(current.requeued())
-        assert entry(store, current.id) == Entry(current, owner=MEMBER.id, here=False)
+        assert entry(store, current.id) == Entry(current, owner=MEMBER.id, here=False, carrier=MEMBER.id)
 
     def test_deletion_forgets_who_held(self, store: MetadataStore) -> None:
         """A record that comes later with the same id is held by nobody."""

@@ -1,0 +1,169 @@
+"""What the keys of one image in etcd say."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from imgsvc.etcd_layout import CARRIER, OWNER, RECORD, REPLICAS, Layout, is_replica
+from imgsvc.etcd_messages import KeyValue
+from imgsvc.metadata.image import Image, ImageType, Status
+from imgsvc.metadata.mirror import Carrier, Known, LiveMember
+
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """All keys of one image, as they were at one revision: `parts` by what they are named below the image."""
+
+    id: str
+    parts: Mapping[str, KeyValue]
+    revision: int
+
+    @property
+    def record(self) -> KeyValue | None:
+        return self.parts.get(RECORD)
+
+    @property
+    def revision_of_record(self) -> int:
+        """0 when it is not there."""
+        return 0 if self.record is None else self.record.modified
+
+    @property
+    def owner(self) -> KeyValue | None:
+        return self.parts.get(OWNER)
+
+    @property
+    def carrier(self) -> Carrier | None:
+        return read_carrier(self.parts.get(CARRIER))
+
+    @property
+    def notes(self) -> dict[str, dict[str, str]]:
+        """What each member that holds the bytes has noted, by its id."""
+        return {
+            name.removeprefix(f"{REPLICAS}/"): read_note(item) for name, item in self.parts.items() if is_replica(name)
+        }
+
+    @property
+    def replicas(self) -> tuple[str, ...]:
+        return tuple(sorted(name.removeprefix(f"{REPLICAS}/") for name in self.parts if is_replica(name)))
+
+    @property
+    def known(self) -> Known | None:
+        """As the mirror keeps it; a record that is no image's counts as one that is not there."""
+        return changed(None, self.id, self.parts)
+
+    def image(self) -> Image:
+        """Raises ValueError when there is no record, or it is no image's, or another image's."""
+        if self.record is None:
+            raise ValueError("it is not there")
+        image = Image.from_json(self.record.value, self.record.modified)
+        if image.id != self.id:
+            raise ValueError(f"it is of image {image.id}")
+        return dataclasses.replace(image, replicas=self.replicas)
+
+
+def grouped(layout: Layout, items: Iterable[KeyValue], revision: int = 0) -> Iterator[Found]:
+    """Keys below `images`, in their order, image by image."""
+    for image_id, group in itertools.groupby(items, lambda item: layout.split(item.key)[0]):
+        yield Found(image_id, {layout.split(item.key)[1]: item for item in group}, revision)
+
+
+def changed(
+    known: Known | None, image_id: str, parts: Mapping[str, KeyValue | None], *, complain: bool = False
+) -> Known | None:
+    """What is known of an image once these of its keys have these values; None is one that is gone. A record that is no
+    image's counts as gone; `complain` has it in the log."""
+    now = known or Known(image_id, "", 0, Status.PENDING, ImageType.KVM, 0)
+    document, revision, status, image_type, size = now.document, now.revision, now.status, now.type, now.size
+    owner, carrier, replicas = now.owner, now.carrier, set(now.replicas)
+    for name, item in parts.items():
+        if name == RECORD:
+            document, revision = "", 0
+            if item is not None and (image := parsed(image_id, item, complain=complain)) is not None:
+                document, revision = stored_document(image), item.modified
+                status, image_type, size = image.status, image.type, image.size
+        elif name == OWNER:
+            owner = None if item is None else item.text
+        elif name == CARRIER:
+            carrier = read_carrier(item)
+        elif is_replica(name):
+            member = name.removeprefix(f"{REPLICAS}/")
+            (replicas.discard if item is None else replicas.add)(member)
+    if not (document or owner or carrier or replicas):
+        return None
+    return Known(
+        image_id, document, revision, status, image_type, size, owner, carrier, replicas=tuple(sorted(replicas))
+    )
+
+
+def parsed(image_id: str, item: KeyValue, *, complain: bool = True) -> Image | None:
+    """The image of a record, or None when it is none."""
+    try:
+        return Found(image_id, {RECORD: item}, 0).image()
+    except ValueError as error:
+        if complain:
+            _log.warning("no image document", key=item.key, reason=str(error))
+        return None
+
+
+def stored_document(image: Image) -> str:
+    """The record as it is stored."""
+    return dataclasses.replace(image, replicas=None).to_json()
+
+
+def read_carrier(item: KeyValue | None) -> Carrier | None:
+    """None also when another program has written something else."""
+    note = _object(item)
+    member, url, until = note.get("member"), note.get("url"), note.get("until")
+    if isinstance(member, str) and isinstance(url, str) and isinstance(until, int | float):
+        return Carrier(member, url, float(until))
+    return None
+
+
+def read_member(member: str, item: KeyValue) -> LiveMember:
+    """What a live member says of itself, as far as it makes sense."""
+    note = _object(item)
+
+    def text(name: str) -> str:
+        value = note.get(name, "")
+        return value if isinstance(value, str) else ""
+
+    def number(name: str) -> int | None:
+        value = note.get(name)
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    return LiveMember(
+        id=member,
+        url=text("url"),
+        version=text("version"),
+        free=number("free"),
+        total=number("total"),
+        images=number("images") or 0,
+        started=text("started"),
+    )
+
+
+def read_note(item: KeyValue) -> dict[str, str]:
+    """What a member wrote; nothing, when another program wrote something else."""
+    return {key: value for key, value in _object(item).items() if isinstance(value, str)}
+
+
+def is_foreign(item: KeyValue) -> bool:
+    """Whether the Go program wrote the record; ours always have all keys."""
+    return "error" not in _object(item)
+
+
+def _object(item: KeyValue | None) -> dict[str, Any]:
+    try:
+        value = None if item is None else json.loads(item.value)
+    except ValueError:
+        value = None
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,83 @@
+"""Single images in etcd: all keys of one are read at once, and whatever is written ends with reading them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from imgsvc.etcd import Compacted, Etcd
+from imgsvc.etcd_layout import Layout, end_of
+from imgsvc.etcd_messages import Comparison, KeyValue, Operation, Outcome, read
+from imgsvc.metadata.etcd_images import Found
+from imgsvc.metadata.mirror import Mirror
+
+_PAGE = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Transacted:
+    """What a transaction did, and all keys of the image after it."""
+
+    outcome: Outcome
+    found: Found
+
+    @property
+    def succeeded(self) -> bool:
+        return self.outcome.succeeded
+
+
+class ImageKeys:
+    """What is found goes to the mirror, if there is one, so that this member sees at once what it has written."""
+
+    def __init__(self, etcd: Etcd, layout: Layout, mirror: Mirror | None) -> None:
+        self._etcd = etcd
+        self._layout = layout
+        self._mirror = mirror
+
+    def read(self, image_id: str, timeout: float | None = None) -> Found:
+        start = self._layout.image(image_id)
+        page = self._etcd.range(start, end_of(start), timeout=timeout)
+        return self._found(image_id, page.items, page.revision)
+
+    def transact(
+        self,
+        image_id: str,
+        comparisons: Sequence[Comparison],
+        success: Sequence[Operation],
+        failure: Sequence[Operation] = (),
+        *,
+        timeout: float | None = None,
+    ) -> Transacted:
+        """As `Etcd.transact`; `outcome.found` begins with what the given operations found."""
+        start = self._layout.image(image_id)
+        everything = read(start, end_of(start))
+        outcome = self._etcd.transact(comparisons, [*success, everything], [*failure, everything], timeout=timeout)
+        return Transacted(outcome, self._found(image_id, outcome.found[-1], outcome.revision))
+
+    def delete(self, image_id: str, key: str, end: str = "") -> Sequence[KeyValue]:
+        """Deletes a key of the image, or more of them, also in a cluster that is full."""
+        deleted = self._etcd.delete(key, end)
+        if self._mirror is not None:
+            self.read(image_id)
+        return deleted
+
+    def scan(self, start: str, *, keys_only: bool = False) -> Iterator[KeyValue]:
+        """Every key that begins with `start`, in order: as they were at the first page, or, when etcd compacted that
+        away meanwhile, each page that follows as it is then."""
+        key, revision = start, 0
+        while True:
+            try:
+                page = self._etcd.range(key, end_of(start), limit=_PAGE, revision=revision, keys_only=keys_only)
+            except Compacted:
+                revision = 0
+                continue
+            yield from page.items
+            if not page.more:
+                return
+            key, revision = page.items[-1].key + "\0", revision or page.revision
+
+    def _found(self, image_id: str, items: Sequence[KeyValue], revision: int) -> Found:
+        found = Found(image_id, {self._layout.split(item.key)[1]: item for item in items}, revision)
+        if self._mirror is not None:
+            self._mirror.note(image_id, found.known, revision)
+        return found
