@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 import os
 import socket
@@ -19,10 +20,14 @@ from typing import Any, Protocol, TypeVar
 import structlog
 
 from imgsvc.checks import Checks
+from imgsvc.cluster.cache import Cache
 from imgsvc.cluster.choice import Choice
 from imgsvc.cluster.copies import Copies
+from imgsvc.cluster.orders import Orders
 from imgsvc.cluster.peers import Peers, Signatures
+from imgsvc.cluster.presence import has_room
 from imgsvc.cluster.pulls import Pulls
+from imgsvc.cluster.replicator import Replicator
 from imgsvc.cluster.supply import Supply
 from imgsvc.cluster.this_member import ThisMember
 from imgsvc.digests import Digests
@@ -84,6 +89,8 @@ class Context:
             self.ends_pool = _opened(opened, Pool("ends", 16, limit=min(_ANSWER_SECONDS, self.grace or math.inf)))
             self.reads_pool = _opened(opened, Pool("reads", 8))
             self.bytes_pool = _opened(opened, Pool("bytes", 8))
+            # One waits in each for other members to copy an image.
+            self.copies_pool = _opened(opened, Pool("copies", 64))
             self.health_pool = _opened(opened, Pool("health", 2, patience=1.5))
             self.members_pool = _opened(opened, Pool("members", 1, patience=1.5))
             self.images = _opened(opened, _open_images(settings))
@@ -102,7 +109,19 @@ class Context:
 
     def _wire(self) -> None:
         settlements = Settlements(self.images, self.records)
-        room = Room(self.images, self.settings.max_image_size, self.settings.disk_reserve.of)
+        cluster, known = self.settings.cluster, self.mirror or Mirror()
+        fits = functools.partial(has_room, self.settings.disk_reserve.of)
+        self._orders = Orders(self.mirror, self.peers, self._this.id, fits)
+        self._cache = Cache(
+            known,
+            self.images,
+            self.records,
+            me=self._this.id,
+            wanted=cluster.replicas,
+            high_water=cluster.cache_high_water,
+            may_work=self._this.is_trusted,
+        )
+        room = Room(self.images, self.settings.max_image_size, self.settings.disk_reserve.of, self._cache.make_room)
         self.transfers = Transfers(self.images, self.records, room, settlements, hashers=self._hashers)
         self.fetcher = Fetcher(self.settings.fetch, self.images, self.records, self.transfers, settlements)
         self._digests = Digests(self.images, self.records)
@@ -115,6 +134,8 @@ class Context:
             settlements=settlements,
             digests=self._digests,
             pulls=self.pulls,
+            orders=self._orders,
+            served=self._cache.served,
         )
         self.uploads = Uploads(
             self.images, self.records, self.transfers, settlements, expire=self.settings.uploads.expire
@@ -127,6 +148,9 @@ class Context:
             self.settings.cluster.copy_bytes_per_second,
             held=self._is_held,
             damaged=self.copies.mend,
+        )
+        self._replicator = Replicator(
+            known, self.pulls, cluster, me=self._this.id, fits=fits, may_work=self._this.is_trusted
         )
         self._scrubber = Scrubber(self.settings.scrub, self.images, self.records, self._damaged)
 
@@ -162,6 +186,8 @@ class Context:
         self._scrubber.start()
         if self.mirror is not None:
             self.checks.start()
+            self._replicator.start()
+            self._cache.start()
         self._settled.set()
         self.not_ready = None
 
@@ -185,9 +211,13 @@ class Context:
         """Stops fetches, settles what can be, and closes the stores."""
         self._closing = True
         self._settled.set()
+        self._orders.close()
+        self._replicator.stop()
+        self._cache.close()
         self._scrubber.close()
         self.checks.close()
         self.pulls.close()
+        self._replicator.close()
         self.copies.close()
         self._digests.close()
         self.fetcher.close()
@@ -320,7 +350,9 @@ def _open_etcd(
                 "without cluster.secret, whoever reaches this service is believed to be a member of the cluster"
             )
         ttl = settings.cluster.lease_ttl
-        leases = _opened(opened, Membership(etcd, wanted.prefix, this, seat=_seat(settings), ttl=ttl))
+        membership = _opened(opened, Membership(etcd, wanted.prefix, this, seat=_seat(settings), ttl=ttl))
+        this.is_trusted = lambda: membership.lease_id is not None
+        leases = membership
     return _opened(opened, EtcdMetadataStore(etcd, wanted.prefix, member, leases, mirror))
 
 

@@ -7,11 +7,12 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from urllib.parse import urlsplit
 
 import structlog
 
+from imgsvc.cluster.orders import Orders
 from imgsvc.cluster.pulls import Pulls
 from imgsvc.digests import Digests
 from imgsvc.errors import Conflict, Elsewhere, ImgsvcError, Invalid, NotComplete, NotFound, SourceTaken, Unavailable
@@ -43,7 +44,10 @@ class ImageService:
         settlements: Settlements,
         digests: Digests,
         pulls: Pulls,
+        orders: Orders,
+        served: Callable[[str], None],
     ) -> None:
+        """`served` is told of each image that somebody begins to read here; it does not block."""
         self._images = images
         self._records = records
         self._transfers = transfers
@@ -51,6 +55,8 @@ class ImageService:
         self._settlements = settlements
         self._digests = digests
         self._pulls = pulls
+        self._orders = orders
+        self._served = served
         self._fetching_again = threading.Lock()
 
     def list(self, image_type: ImageType | None) -> Iterator[Sequence[str]]:
@@ -77,9 +83,18 @@ class ImageService:
         """The document of `get`, or None when only `get` can tell. The one method that never blocks."""
         return self._records.peek(image_id)
 
-    def upload(self, image_type: ImageType, comment: str, expected_size: int, expected_sha256: str = "") -> Transfer:
-        """Begins an upload: the caller feeds the transfer, and finishes or aborts it. Raises TooLarge, NoSpace."""
+    def upload(
+        self, image_type: ImageType, comment: str, expected_size: int, expected_sha256: str = "", *, copies: int = 1
+    ) -> Transfer:
+        """Begins an upload: the caller feeds the transfer, and finishes or aborts it. Raises TooLarge, NoSpace, and
+        Invalid or Unavailable when it is clear that so many members will not hold the image."""
+        self._orders.require(copies)
         return self._transfers.upload(image_type, comment, expected_size, expected_sha256)
+
+    def wait_for_copies(self, image: Image, count: int) -> None:
+        """Returns when so many members hold the image, which is complete here. Raises Unavailable, saying how many do,
+        when they do not in time, and Conflict when it was deleted."""
+        self._orders.wait_for(image, count)
 
     def fetch(self, source: str, image_type: ImageType, comment: str, expected_sha256: str = "") -> Image:
         """The image of this source: a new one, pending; the one that there is; or that one, pending again, when it
@@ -144,6 +159,7 @@ class ImageService:
         image, stale = self.look(image_id)
         if image.status is not Status.COMPLETE:
             raise NotComplete(f"image {image.id} is not complete")
+        self._served(image.id)
         try:
             reader = self._open_bytes(image.id)
         except NotFound as missing:

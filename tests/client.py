@@ -76,8 +76,8 @@ class Client:
                 sent["Transfer-Encoding"] = "chunked"
             # The header values may be bytes, which http.client takes and its type stubs do not know.
             connection.request(method, path, body, cast("dict[str, str]", sent), encode_chunked=chunked)
-            with connection.getresponse() as answer:
-                return Answer(answer.status, answer.headers, answer.read())
+            answer = connection.getresponse()
+            return Answer(answer.status, answer.headers, answer.read())
 
     def get(self, path: str) -> Answer:
         return self.request("GET", path)

@@ -196,14 +196,10 @@ class EtcdCluster:
             raise AssertionError("etcd has no end")
 
     def call(self, path: str, body: dict[str, Any], i: int = 0) -> dict[str, Any]:
-        """One call of etcd's JSON gateway at member i, without a user. Raises OSError."""
+        """One call of etcd's JSON gateway at member i, without a user."""
         request = urllib.request.Request(self.endpoints[i] + path, json.dumps(body).encode())
-        try:
-            with self._seen_from.entered(), urllib.request.urlopen(request, timeout=5, context=self._tls()) as response:
-                answer: dict[str, Any] = json.load(response)
-        except urllib.error.HTTPError as error:
-            error.close()  # it holds the connection
-            raise
+        with self._seen_from.entered(), urllib.request.urlopen(request, timeout=5, context=self._tls()) as response:
+            answer: dict[str, Any] = json.load(response)
         return answer
 
     def close(self) -> None:

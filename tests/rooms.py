@@ -7,13 +7,16 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import pytest
 
 from imgsvc.cluster.choice import Choice
-from imgsvc.cluster.peers import Signatures
+from imgsvc.cluster.orders import Orders
+from imgsvc.cluster.peers import Peers, Signatures
+from imgsvc.cluster.presence import has_room
 from imgsvc.cluster.pulls import Pulls
 from imgsvc.cluster.supply import Supply
 from imgsvc.digests import Digests
@@ -81,6 +84,7 @@ class Rooms:
             supply=self.supply,
             hashers=ThreadPoolExecutor(1),
         )
+        self.served: list[str] = []
         self.service = ImageService(
             self.images,
             self.records,
@@ -89,6 +93,8 @@ class Rooms:
             settlements=self.settlements,
             digests=self.digests,
             pulls=self.pulls,
+            orders=Orders(None, Peers(Signatures("", disk.member), 1.0), disk.member, partial(has_room, reserve)),
+            served=self.served.append,
         )
         self.uploads = Uploads(self.images, self.records, self.transfers, self.settlements, expire=expire)
         self.maintenance = Maintenance(self.images, self.records, self.fetcher, self.uploads, self.digests)

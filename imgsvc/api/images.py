@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from http import HTTPStatus
 from typing import Any
 
 import structlog
+from tornado.httputil import HTTPHeaders
 
 from imgsvc.api.base import BaseHandler, own_error
 from imgsvc.api.digest_fields import announced_digest, digest_in_hex
@@ -15,6 +17,9 @@ from imgsvc.api.upload import Upload
 from imgsvc.errors import ImgsvcError, Incomplete, Invalid
 from imgsvc.metadata.image import Image, ImageType
 from imgsvc.service import ImageService
+
+_COUNT = re.compile(r"[1-9][0-9]?")
+_MOST_COPIES = 16
 
 log = structlog.get_logger()
 
@@ -35,6 +40,8 @@ class ImagesHandler(ImageAnswer):
 
     allowed = ("GET", "HEAD", "PUT", "POST")
     upload: Upload[Image] | None = None
+    # Members that are to hold an upload before it is answered.
+    copies = 1
 
     async def get(self) -> None:
         """Lists. Pages are sent as they are read, so that neither memory nor the event loop feels a long list."""
@@ -79,10 +86,14 @@ class ImagesHandler(ImageAnswer):
         """Receives an upload, whose body has come by now."""
         upload = self.upload or await self._begin_upload()
         try:
-            self.write_image(await upload.finish())
+            image = await upload.finish()
         except Exception as error:
             await self.abandon_body(own_error(error))
             raise
+        if self.copies > 1:
+            await self.context.copies_pool.run(self.context.service.wait_for_copies, image, self.copies)
+        if not self._answered:  # which it is when the service stops meanwhile
+            self.write_image(image)
 
     async def post(self) -> None:
         """Has a source fetched."""
@@ -95,8 +106,14 @@ class ImagesHandler(ImageAnswer):
         image_type = parsed_type(headers.get("X-Image-Type", ""), "invalid X-Image-Type header")
         # Tornado hands headers over as latin-1; the wire contract has UTF-8 in this one.
         comment = headers.get("X-Image-Comment", "").encode("latin-1", "replace").decode("utf-8", "replace")
+        self.copies = _wanted_copies(headers)
         transfer = await self.context.records_pool.run(
-            self.context.service.upload, image_type, comment, self.announced_length(), announced_digest(headers)
+            self.context.service.upload,
+            image_type,
+            comment,
+            self.announced_length(),
+            announced_digest(headers),
+            copies=self.copies,
         )
         context = self.context
         upload = Upload(transfer, context.bytes_pool, context.ends_pool, self.give_up, grace=context.grace)
@@ -144,6 +161,14 @@ def _next_page(pages: Iterator[Sequence[str]]) -> bytes | None:
         if page:
             return ",".join(page).encode(errors="replace")
     return None
+
+
+def _wanted_copies(headers: HTTPHeaders) -> int:
+    """How many members are to hold the image before the answer. Raises Invalid."""
+    said = headers.get_list("X-Image-Replicas") or ["1"]
+    if len(said) > 1 or not _COUNT.fullmatch(said[0]) or int(said[0]) > _MOST_COPIES:
+        raise Invalid(f"invalid X-Image-Replicas header: it is one number from 1 to {_MOST_COPIES}")
+    return int(said[0])
 
 
 def _fetch_request(body: bytes) -> tuple[str, ImageType, str, str]:

@@ -165,14 +165,17 @@ def test_a_full_member_is_passed_over(hosts: Hosts) -> None:
 
 
 def test_one_that_is_busy_is_waited_for(hosts: Hosts) -> None:
-    """Who finishes copies one after the other is not helped, however long its queue is."""
-    images = [image_id for image_id, others in (new_image() for _ in range(200)) if others[0] == "host-1"][:24]
+    """Who finishes copies one after the other is not helped, however long its queue is; nor when it is another one's
+    turn that it has to take."""
+    busy = [image_id for image_id, others in (new_image() for _ in range(200)) if others[0] == "host-1"][:20]
+    late = next(image_id for image_id, others in iter(new_image, None) if others[:2] == ["host-2", "host-1"])
     hosts["host-1"].pause = 0.2
-    hosts.start(turn=0.8)
-    for image_id in images:
+    hosts["host-2"].failure = Unavailable("it failed")
+    hosts.start(turn=0.6)
+    for image_id in [*busy, late]:
         hosts.upload("host-0", image_id=image_id)
-    wait_until(lambda: copies(hosts) == 24)
-    assert len(hosts["host-1"].copied) == 24
+    wait_until(lambda: copies(hosts) == 21)
+    assert set(hosts["host-1"].copied) == {*busy, late}
 
 
 def test_two_at_once(hosts: Hosts) -> None:

@@ -1,0 +1,191 @@
+"""As many copies as are wanted, at real members: made in the background or before an upload is answered, dropped when
+the disk is short, and never one too few."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.client import Answer
+from tests.cluster_of_three import ClusterOfThree, Member, StartCluster
+from tests.harness import Service, wait_for
+from tests.mounts import Mount
+from tests.service.conftest import StartService
+
+MIB = 1 << 20
+# For what must not happen.
+A_WHILE = 1.0
+
+
+def put(service: Service, body: bytes, copies: object, **headers: str) -> Answer:
+    """An upload that so many members are to hold before it is answered."""
+    return service.request("PUT", "/images", body, {"X-Image-Type": "kvm", "X-Image-Replicas": str(copies), **headers})
+
+
+def replicas(member: Member, image_id: str) -> list[str]:
+    return list(member.image(image_id)["replicas"])
+
+
+def wait_replicas(member: Member, image_id: str, count: int, seconds: float = 15) -> list[str]:
+    wait_for(lambda: len(replicas(member, image_id)) >= count, seconds, f"{count} members hold it")
+    return replicas(member, image_id)
+
+
+def named(cluster: ClusterOfThree, names: Sequence[str]) -> list[Member]:
+    return [member for member in cluster.members if member.id in names]
+
+
+def test_a_dead_member(start_cluster: StartCluster) -> None:
+    """Each image gets its second copy; when a holder dies it gets another one, which is whole; who is back has still
+    what it had."""
+    cluster = start_cluster()
+    a, *_ = cluster.members
+    contents = [os.urandom(MIB) for _ in range(6)]
+    images = [a.upload(content)["id"] for content in contents]
+    for image_id in images:
+        assert len(wait_replicas(a, image_id, 2)) == 2
+    a.kill()
+    live = cluster.live()
+    for image_id, content in zip(images, contents, strict=True):
+        assert len(wait_replicas(live[0], image_id, 3)) == 3
+        for member in live:
+            assert image_id in member.stored()
+            assert member.download(image_id).body == content
+    cluster.start()
+    assert a.stored() == set(images)
+
+
+def test_a_restart(start_cluster: StartCluster) -> None:
+    """Of a member that is back within cluster.rebalanceDelay, nothing is copied."""
+    cluster = start_cluster(cluster_rebalance_delay=60)
+    a, b, c = cluster.members
+    image_id = a.upload(b"content")["id"]
+    (other,) = [member for member in named(cluster, wait_replicas(a, image_id, 2)) if member is not a]
+    other.kill()
+    wait_for(lambda: other.id not in [member["id"] for member in a.get("/members").json()], 10, "its lease has ended")
+    time.sleep(A_WHILE)
+    cluster.start()
+    time.sleep(A_WHILE)
+    assert sum(image_id in member.stored() for member in (a, b, c)) == 2
+
+
+def test_an_upload_that_waits(start_cluster: StartCluster) -> None:
+    """X-Image-Replicas: when the answer comes, so many have the image on their disks, and on record."""
+    cluster = start_cluster(cluster_replicas=1)
+    a, b, c = cluster.members
+    for copies in (1, 2, 3):
+        content = os.urandom(3 * MIB)
+        answer = put(a, content, copies)
+        assert answer.status == 200
+        image = answer.json()
+        holders = named(cluster, replicas(a, image["id"]))
+        assert len(holders) == copies
+        assert sum(image["id"] in member.stored() for member in (a, b, c)) == copies
+        for member in holders:
+            assert member.download(image["id"]).body == content
+
+
+def test_too_few_members(start_cluster: StartCluster) -> None:
+    """A member that died a moment ago cannot do its part: the 503 says how many did, and the image stays. Once it is
+    known to be dead, the upload is refused before its body."""
+    cluster = start_cluster(cluster_replicas=1, cluster_lease_ttl=4)
+    a, b, c = cluster.members
+    c.kill()
+    answer = put(a, b"content", 3)
+    assert answer.status == 503
+    (image,) = a.images()
+    assert answer.message == f"the image {image['id']} is complete here, and 2 of 3 members have it"
+    assert image["status"] == "complete"
+    assert sorted(replicas(a, image["id"])) == sorted([a.id, b.id])
+    wait_for(lambda: len(a.get("/members").json()) == 2, 10, "its lease has ended")
+    with a.connect() as connection:
+        connection.begin_upload(1000, "X-Image-Replicas: 3")
+        answer = connection.answer()
+    assert (answer.status, answer.message) == (503, "3 members are to hold the image, and 2 are live")
+    assert put(a, b"content", 2).status == 200
+    assert len(a.images()) == 2
+
+
+@pytest.mark.parametrize("said", ["0", "-1", "two", "1.5", "", "17", "2, 2", "+2", "02"])
+def test_a_wrong_number(shared_service: Service, said: str) -> None:
+    """It is 400 before the body, and says which header is wrong."""
+    with shared_service.connect() as connection:
+        connection.begin_upload(1000, f"X-Image-Replicas: {said}")
+        answer = connection.answer()
+    assert answer.status == 400
+    assert "X-Image-Replicas" in answer.message
+    assert shared_service.images() == []
+
+
+def test_said_twice(shared_service: Service) -> None:
+    """Even the same number: nobody knows what was meant."""
+    with shared_service.connect() as connection:
+        connection.begin_upload(1000, "X-Image-Replicas: 1\r\nX-Image-Replicas: 1")
+        assert connection.answer().status == 400
+
+
+def test_without_other_members(start_service: StartService) -> None:
+    """One copy can be had anywhere; two cannot where records are not shared, which is 400."""
+    service = start_service()
+    assert put(service, b"content", 1).status == 200
+    answer = put(service, b"content", 2)
+    assert (answer.status, "shares its records with no other" in answer.message) == (400, True)
+    assert len(service.images()) == 1
+
+
+def test_a_full_disk(mount: Mount, tmp_path: Path, start_cluster: StartCluster) -> None:
+    """Copies that are not needed make way for what comes in, those that were not served for the longest time first;
+    what only this member has stays. An upload does not fail for want of space that such copies take."""
+    small = tmp_path / "a"
+    small.mkdir()
+    mount("-t", "tmpfs", "-o", f"size={48 * MIB}", "imgsvc-test", small)
+    cluster = start_cluster(cluster_replicas=1, cluster_cache_high_water="100%")
+    a, b, c = cluster.members
+    contents = {b.upload(content)["id"]: content for content in (os.urandom(8 * MIB) for _ in range(4))}
+    spare = list(contents)
+    own = a.upload(os.urandom(8 * MIB))["id"]
+    for image_id in [*spare, spare[0]]:
+        assert a.download(image_id).body == contents[image_id]
+    wait_for(lambda: a.stored() == {own, *spare}, 5, "all are here")
+    first = a.upload(os.urandom(12 * MIB))["id"]
+    assert a.stored() == {own, first, spare[2], spare[3], spare[0]}
+    second = a.upload(os.urandom(12 * MIB))["id"]
+    assert a.stored() == {own, first, second, spare[0]}
+    assert a.put(os.urandom(24 * MIB)).status == 507
+    assert a.stored() == {own, first, second, spare[0]}
+    for image_id in spare:
+        assert b.id in replicas(a, image_id)
+        assert c.download(image_id).body == contents[image_id]
+
+
+def test_above_the_mark(mount: Mount, tmp_path: Path, start_cluster: StartCluster) -> None:
+    """What is beyond cluster.cacheHighWater goes by itself, and is not copied again."""
+    for name, size in (("a", 48), ("b", 200), ("c", 200)):
+        (tmp_path / name).mkdir()
+        mount("-t", "tmpfs", "-o", f"size={size * MIB}", "imgsvc-test", tmp_path / name)
+    cluster = start_cluster(cluster_replicas=2, cluster_cache_high_water="40%")
+    a, b, c = cluster.members
+    images = [put(b, os.urandom(8 * MIB), 3).json()["id"] for _ in range(4)]
+    wait_for(lambda: len(a.stored()) <= 2, 20, "copies are dropped")
+    time.sleep(A_WHILE)
+    assert len(a.stored()) == 2
+    assert b.stored() == c.stored() == set(images)
+    for image_id in images:
+        assert (a.id in replicas(b, image_id)) == (image_id in a.stored())
+
+
+def test_the_end(start_cluster: StartCluster) -> None:
+    """A member that copies slowly in the background, or waits for others, stops at once all the same."""
+    cluster = start_cluster(cluster_replicas=3, cluster_copy_bytes_per_second=MIB)
+    a, b, c = cluster.members
+    image_id = a.upload(os.urandom(24 * MIB))["id"]
+    wait_for(lambda: image_id in b.incoming() and image_id in c.incoming(), 10, "they copy")
+    began = time.monotonic()
+    assert b.terminate() == 0
+    assert time.monotonic() - began < 6
+    assert c.terminate() == 0
+    assert b.stored() == c.stored() == set()
