@@ -187,6 +187,10 @@ class Connection:
         """Up to `length` bytes, b"" at the end."""
         return self._file.read1(length)
 
+    def read_exactly(self, length: int) -> bytes:
+        """So many bytes, or fewer when the other side closes."""
+        return self._file.read(length)
+
     def read_to_the_end(self) -> bytes:
         """All that comes until the other side closes."""
         return b"".join(iter(lambda: self.recv(1 << 16), b""))
