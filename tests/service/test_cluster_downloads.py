@@ -203,7 +203,7 @@ def test_killed_in_the_middle(new_host: StartService, seed: int, times: int) -> 
 
 def test_rot(hosts: list[Service]) -> None:
     """A client never has a whole body of wrong bytes; who sent them sets them aside, and takes a good copy."""
-    rotten, good, puller = hosts
+    good, puller, rotten = hosts
     rotten.expect_errors("image damaged")
     puller.expect_errors("wrong bytes from a member")
     body = os.urandom(2 * MIB)
