@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from imgsvc.etcd import Compacted, Etcd
+from imgsvc.etcd import Etcd
 from imgsvc.etcd_layout import Layout, end_of
 from imgsvc.etcd_messages import Comparison, KeyValue, Operation, Outcome, read
+from imgsvc.etcd_scan import scan
 from imgsvc.metadata.etcd_images import Found
 from imgsvc.metadata.mirror import Mirror
-
-_PAGE = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +61,9 @@ class ImageKeys:
         return deleted
 
     def scan(self, start: str, *, keys_only: bool = False) -> Iterator[KeyValue]:
-        """Every key that begins with `start`, in order: as they were at the first page, or, when etcd compacted that
-        away meanwhile, each page that follows as it is then."""
-        key, revision = start, 0
-        while True:
-            try:
-                page = self._etcd.range(key, end_of(start), limit=_PAGE, revision=revision, keys_only=keys_only)
-            except Compacted:
-                revision = 0
-                continue
-            yield from page.items
-            if not page.more:
-                return
-            key, revision = page.items[-1].key + "\0", revision or page.revision
+        """Every key that begins with `start`, in order: as they were at the beginning, or, when etcd compacted that away
+        meanwhile, the rest as it is then."""
+        return scan(self._etcd, start, keys_only=keys_only, may_tear=True)
 
     def _found(self, image_id: str, items: Sequence[KeyValue], revision: int) -> Found:
         found = Found(image_id, {self._layout.split(item.key)[1]: item for item in items}, revision)

@@ -19,11 +19,11 @@ from imgsvc.errors import ImgsvcError
 from imgsvc.etcd import Compacted, Etcd, Watch
 from imgsvc.etcd_layout import RECORD, Layout, end_of
 from imgsvc.etcd_messages import Change, Changes, KeyValue, Page
+from imgsvc.etcd_scan import scan
 from imgsvc.metadata.etcd_deletions import Deletions
 from imgsvc.metadata.etcd_images import changed, grouped, read_member
 from imgsvc.metadata.mirror import Mirror
 
-_PAGE = 1_000
 # Seconds between two questions, and how long an answer may take.
 _BEAT_SECONDS = 0.5
 _ANSWER_SECONDS = 1.0
@@ -159,13 +159,10 @@ class Follower:
                 listener.tell_gap()
 
     def _scan(self, start: str, revision: int) -> Iterator[KeyValue]:
-        key = start
-        while not self._stop.is_set():
-            page = self._etcd.range(key, end_of(start), limit=_PAGE, revision=revision, timeout=_PAGE_SECONDS)
-            yield from page.items
-            if not page.more:
+        for item in scan(self._etcd, start, revision=revision, timeout=_PAGE_SECONDS):
+            yield item
+            if self._stop.is_set():
                 return
-            key = page.items[-1].key + "\0"
 
     def _follow(self, at: int) -> None:
         """One watch, to its end."""
