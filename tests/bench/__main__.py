@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.bench.fan_out import FanOut
+from tests.bench.many_records import Records
 from tests.bench.programs import complain_of_missing
 from tests.bench.records import Get, Known, List
 from tests.bench.report import Report
@@ -17,7 +19,7 @@ from tests.bench.stage import MIB, Sizes, Stage
 from tests.bench.transfers import Download, Fetch, Limited, Upload
 from tests.bench.under_load import Busy, Memory
 
-ROWS: tuple[type[Row], ...] = (Upload, Fetch, Download, Limited, Get, List, Known, Memory, Busy)
+ROWS: tuple[type[Row], ...] = (Upload, Fetch, Download, Limited, Get, List, Known, Memory, Busy, Records, FanOut)
 
 
 def main() -> None:
@@ -28,7 +30,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench: terminated"))
     report = Report([goal for row in wanted for goal in row.goals])
     try:
-        with Stage(Sizes(options.size * MIB, options.limited_size * MIB), options.dir) as stage:
+        with Stage(Sizes(options.size * MIB, options.limited_size * MIB, options.records), options.dir) as stage:
             _measure(stage, wanted, options.rounds, report)
     except KeyboardInterrupt:
         sys.exit("bench: interrupted")
@@ -56,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, default=1024, metavar="MIB", help="of the image; default 1024")
     parser.add_argument(
         "--limited-size", type=int, default=256, metavar="MIB", help="of the image of the limited source; default 256"
+    )
+    parser.add_argument(
+        "--records", type=int, default=100_000, metavar="IMAGES", help="in the etcd of a cluster; default 100000"
     )
     parser.add_argument(
         "--dir", type=Path, default=Path("/var/tmp"), help="on a disk with room for six images; default /var/tmp"

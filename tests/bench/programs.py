@@ -13,9 +13,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from tests.etcd_cluster import etcd_program
 from tests.harness import wait_for
 
 _PACKAGES = {
@@ -26,6 +28,7 @@ _PACKAGES = {
     "bash": "bash",
     "sync": "coreutils",
     "tee": "coreutils",
+    "etcd": "etcd-server",
 }
 _END_SECONDS = 10.0
 
@@ -60,7 +63,9 @@ def complain_of_missing(programs: Sequence[str]) -> None:
 
 
 def program_path(program: str) -> str | None:
-    """Also where Debian puts servers, which need not be on a user's PATH."""
+    """Also where Debian puts servers, which need not be on a user's PATH, and what pip brought."""
+    if program == "etcd":
+        return etcd_program()
     return shutil.which(program, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
 
 
@@ -127,7 +132,7 @@ def asked(module: str, *arguments: object) -> list[str | Path]:
     return [sys.executable, "-m", f"tests.bench.{module}", *map(str, arguments)]
 
 
-def said(process: subprocess.Popen[str]) -> dict[str, float]:
+def said(process: subprocess.Popen[str]) -> dict[str, Any]:
     """What such a client printed, once it has ended."""
     assert process.stdout is not None
     text = process.stdout.read()

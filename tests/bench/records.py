@@ -44,11 +44,11 @@ class Get(Row):
 
         def ours() -> None:
             service = self.stage.service
-            figures["get"] = _rate(service.url + self._path)
+            figures["get"] = rate_of(service.url + self._path)
             service.forget_log()
 
         def reference() -> None:
-            figures["get, reference"] = _rate(self._reference)
+            figures["get, reference"] = rate_of(self._reference)
 
         self.stage.in_turn(ours, reference)
         return figures
@@ -66,10 +66,10 @@ class List(Row):
         """Each figure is a median already, for one list is over so soon that anything disturbs it."""
         ours: list[float] = []
         reference: list[float] = []
-        with closing(_connection(self._service)) as connection:
+        with closing(connection_to(self._service)) as connection:
             for _ in range(_LISTS):
                 gc.collect()  # so that it does not come due while we look at the clock
-                seconds, body = _asked(connection, "GET", "/images")
+                seconds, body = asked_for(connection, "GET", "/images")
                 ours.append(seconds)
                 began = time.monotonic()
                 images = json.loads(body)
@@ -87,7 +87,7 @@ class Known(Row):
         self._many, self._few = filled(stage, _MANY), filled(stage, _FEW)
 
     def measure(self) -> Figures:
-        with closing(_connection(self._many)) as many, closing(_connection(self._few)) as few:
+        with closing(connection_to(self._many)) as many, closing(connection_to(self._few)) as few:
             pairs = [(_posted(many, number), _posted(few, number)) for number in range(_POSTS)]
         ours, reference = map(statistics.median, zip(*pairs, strict=True))
         return {"known": ours, "known, reference": reference}
@@ -117,7 +117,7 @@ def _source(number: int) -> str:
     return f"http://mirror.example.com/images/debian-12-generic-amd64-{number}.img"
 
 
-def _rate(url: str) -> float:
+def rate_of(url: str) -> float:
     """Requests a second. One thread is enough to ask, and leaves a core to who answers."""
     report = timed("wrk", "-t1", f"-c{_CONNECTIONS}", f"-d{_WRK_SECONDS}s", url)[1]
     assert "Non-2xx" not in report, report
@@ -127,11 +127,11 @@ def _rate(url: str) -> float:
     return float(found[1])
 
 
-def _connection(service: Service) -> http.client.HTTPConnection:
+def connection_to(service: Service) -> http.client.HTTPConnection:
     return http.client.HTTPConnection("127.0.0.1", service.port, timeout=60)
 
 
-def _asked(
+def asked_for(
     connection: http.client.HTTPConnection, method: str, path: str, body: bytes | None = None
 ) -> tuple[float, bytes]:
     """Seconds until the answer is there, and the answer."""
@@ -146,4 +146,4 @@ def _asked(
 
 def _posted(connection: http.client.HTTPConnection, number: int) -> float:
     document = {"source": _source(number % _FEW), "type": "kvm", "comment": ""}
-    return _asked(connection, "POST", "/images", json.dumps(document).encode())[0]
+    return asked_for(connection, "POST", "/images", json.dumps(document).encode())[0]

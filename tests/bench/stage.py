@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from tests.bench.programs import Nginx
+from tests.etcd_cluster import EtcdCluster
 from tests.harness import Service
 
 MIB = 1 << 20
@@ -24,10 +25,11 @@ _MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of the image, and of the one that comes from a limited source."""
+    """Bytes of the image, and of the one that comes from a limited source; how many `records` are very many."""
 
     image: int
     limited: int
+    records: int
 
 
 class Stage:
@@ -84,6 +86,13 @@ class Stage:
         nginx = Nginx(self.directory / "nginx", self._www)
         self.running.callback(nginx.close)
         return nginx
+
+    @functools.cached_property
+    def etcd(self) -> EtcdCluster:
+        """One member, which waits for the disk; each row that uses it has a prefix of its own."""
+        etcd = EtcdCluster(parent=self.directory, durable=True)
+        self.running.callback(etcd.close)
+        return etcd
 
     @functools.cached_property
     def uploaded(self) -> str:
