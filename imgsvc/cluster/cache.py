@@ -51,11 +51,12 @@ class Cache:
 
     A copy goes only while at least as many other members as are wanted, all of them live, are on record as holding the
     image, and one transaction sees to it that these still are: two members that drop theirs at the same time cannot
-    each count on the other. Those that were served least recently go first. Who is reading one goes on to its end, and
-    its space is free after that.
+    each count on the other. A member that died is live for `cluster.leaseTtl` more. Those that were served least
+    recently go first. Who is reading one goes on to its end, and its space is free after that.
 
     If the process dies between the note of a copy and its bytes, these are there without a note: the next start holds
-    them against their digest, and notes them again.
+    them against their digest, and notes them again. Where it is not known whether the note has gone, or the bytes do
+    not go, it is made again.
     """
 
     def __init__(
@@ -85,6 +86,8 @@ class Cache:
         # Whoever makes room does it alone.
         self._dropping = threading.Lock()
         self._barren_until = 0.0
+        # Images whose bytes are here and whose note may have gone.
+        self._unnoted: set[str] = set()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="cache", daemon=True)
 
@@ -121,6 +124,7 @@ class Cache:
         while not self._closing.wait(self._interval):
             try:
                 with self._dropping:
+                    self._note_again()
                     space = self._images.space()
                     excess = space.total - space.free - round(self._high_water * space.total)
                     if excess > 0:
@@ -173,29 +177,36 @@ class Cache:
         return heapq.nsmallest(_MOST_FOUND, spare, key=lambda known: served.get(known.id, 0.0))
 
     def _drop_one(self, image_id: str) -> int:
-        """The note first, then the bytes; returns how many, 0 when it must stay."""
+        """Returns how many bytes it were, 0 when it must stay."""
         try:
             known = self._mirror.get(image_id)
             others = [member for member in self._mirror.members() if member in known.replicas and member != self._me]
             keep = ranked(image_id, others)[: self._wanted]
-            if len(keep) < self._wanted or not self._records.drop_copy(image_id, keep):
+            if len(keep) < self._wanted or not self._remove(image_id, keep):
                 return 0
-            self._remove(image_id)
         except NotFound:
             return 0  # it was deleted
         log.info("copy dropped", image=image_id, bytes=known.size, kept_by=keep)
         return known.size
 
-    def _remove(self, image_id: str) -> None:
-        try:
+    def _remove(self, image_id: str, keep: Sequence[str]) -> bool:
+        """The note first, then the bytes."""
+        self._unnoted.add(image_id)
+        dropped = self._records.drop_copy(image_id, keep)
+        if dropped:
             self._images.delete(image_id)
-        except ImgsvcError:
-            with contextlib.suppress(ImgsvcError):  # the next start notes it again
-                self._records.hold(image_id)
-            raise
-        if self._me in self._mirror.get(image_id).replicas:
+        self._unnoted.discard(image_id)
+        if dropped and self._me in self._mirror.get(image_id).replicas:
             # Somebody asked for a copy just now, and was told that it is here.
             self._records.release(image_id)
+        return dropped
+
+    def _note_again(self) -> None:
+        for image_id in tuple(self._unnoted):
+            with contextlib.suppress(NotFound):
+                self._images.size(image_id)
+                self._records.hold(image_id)
+            self._unnoted.discard(image_id)
 
     def _step(self) -> int:
         return round(_STEP * self._images.space().total)

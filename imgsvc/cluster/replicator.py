@@ -247,7 +247,7 @@ class Replicator:
         except ImgsvcError as error:
             log.warning("image not copied", image=image.id, reason=str(error))
         else:
-            log.info("image copied", image=image.id, bytes=image.size, seconds=round(time.monotonic() - began, 3))
+            log.debug("image copied", image=image.id, bytes=image.size, seconds=round(time.monotonic() - began, 3))
         finally:
             with self._lock:
                 self._shortages.tried(image.id)

@@ -5,18 +5,24 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from imgsvc.cluster.cache import Cache
-from imgsvc.errors import NoSpace, NotFound, Unavailable
-from imgsvc.metadata.image import new_id
+from imgsvc.errors import NoSpace, NotFound
+from imgsvc.images.memory import MemoryImageStore
+from imgsvc.metadata.image import Image, ImageType, new_id
+from imgsvc.metadata.store import MetadataStore
 from imgsvc.room import Room
 from tests.cluster.hosts import Hosts
+from tests.etcd_cluster import EtcdCluster
+from tests.flaky import LOST, UNKNOWN, Fault, Faults, flaky_images, flaky_records
 from tests.images.helpers import content, put
+from tests.metadata.etcd_store import OwnedEtcdStore, open_store
 from tests.rooms import wait_until
 
 # Of host-0; an image of SIZE is a tenth of it.
@@ -41,12 +47,19 @@ def new_cache(hosts: Hosts) -> Iterator[NewCache]:
     """A cache of a host, which runs until the test ends."""
     with ExitStack() as running:
 
-        def new(wanted: int = 1, high_water: float = 0.5, host: str = "host-0", *, watch: bool = True) -> Cache:
-            of = hosts[host]
+        def new(
+            wanted: int = 1,
+            high_water: float = 0.5,
+            host: str = "host-0",
+            *,
+            watch: bool = True,
+            faults: Faults | None = None,
+        ) -> Cache:
+            of, faults = hosts[host], faults or Faults()
             cache = Cache(
                 of.mirror,
-                of.images,
-                of,
+                flaky_images(of.images, faults),
+                flaky_records(cast("MetadataStore", of), faults),
                 me=host,
                 wanted=wanted,
                 high_water=high_water,
@@ -141,24 +154,52 @@ def test_a_member_that_cannot_be_sure(hosts: Hosts, new_cache: NewCache, reason:
     wait_until(lambda: used(hosts) < 5 * SIZE)
 
 
-def test_two_that_rely_on_each_other(hosts: Hosts, new_cache: NewCache) -> None:
-    """Both are short of space, and each knows that the other has a copy: one of them keeps it."""
-    images = hold(hosts, "host-0", "host-1", count=10)
-    start = threading.Barrier(2)
+def drop_all_at_once(caches: Sequence[Cache], size: int) -> None:
+    """All of them, as much as they may."""
+    start = threading.Barrier(len(caches))
 
     def drop_all(cache: Cache) -> None:
-        missing = itertools.chain([SIZE * len(images)], itertools.repeat(0))
+        missing = itertools.chain([size], itertools.repeat(0))
         start.wait()
         cache.make_room(lambda: next(missing))
 
-    caches = [new_cache(host=host, watch=False) for host in ("host-0", "host-1")]
     threads = [threading.Thread(target=drop_all, args=(cache,)) for cache in caches]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    kept = held(hosts, images), held(hosts, images, "host-1")
-    assert sorted(kept[0] + kept[1]) == sorted(images)
+
+
+def test_two_that_rely_on_each_other(etcd: EtcdCluster, etcd_prefix: str) -> None:
+    """Both are short of space, and each knows that the other has a copy, as etcd says: one of them keeps it."""
+    with ExitStack() as opened:
+        stores = [opened.enter_context(closing(open_store(etcd.endpoints, etcd_prefix))) for _ in range(2)]
+        disks = [MemoryImageStore() for _ in stores]
+        images = [new_id() for _ in range(10)]
+        for image_id in images:
+            stores[0].update(stores[0].create(Image(image_id, ImageType.KVM)).completed(SIZE, "00" * 32))
+            stores[1].hold(image_id)
+            for disk in disks:
+                disk.mark("these")
+                put(disk, image_id, bytes(SIZE))
+        wait_until(lambda: all(_knows_all(store, images) for store in stores))
+        caches = [
+            Cache(store.mirror, disk, store, me=store.member.id, wanted=1, high_water=1.0, may_work=lambda: True)
+            for store, disk in zip(stores, disks, strict=True)
+        ]
+        drop_all_at_once(caches, len(images) * SIZE)
+        assert sorted([*disks[0].ids(), *disks[1].ids()]) == sorted(images)
+        for store, disk in zip(stores, disks, strict=True):
+            wait_until(lambda store=store, disk=disk: _held_by(store) == sorted(disk.ids()))  # type: ignore[misc]
+
+
+def _knows_all(store: OwnedEtcdStore, images: list[str]) -> bool:
+    known = [each for page in store.mirror.pages() for each in page]
+    return len(store.mirror.members()) == 2 and [len(each.replicas) for each in known] == [2] * len(images)
+
+
+def _held_by(store: OwnedEtcdStore) -> list[str]:
+    return [each.id for page in store.mirror.pages() for each in page if store.member.id in each.replicas]
 
 
 def test_room_for_a_transfer(hosts: Hosts, new_cache: NewCache) -> None:
@@ -233,15 +274,17 @@ def test_a_copy_that_is_wanted_again_just_then(hosts: Hosts, new_cache: NewCache
     assert held(hosts, [image_id]) == []
 
 
-def test_bytes_that_cannot_be_removed(hosts: Hosts, new_cache: NewCache) -> None:
-    """They are on record again, for they are there."""
+@pytest.mark.parametrize("call", ["drop_copy", "delete"])
+@pytest.mark.parametrize("fault", [LOST, UNKNOWN], ids=["lost", "unknown"])
+def test_a_call_that_fails(hosts: Hosts, new_cache: NewCache, call: str, fault: Fault) -> None:
+    """Whatever it has done, record and disk agree soon, and all that may go goes."""
     images = hold(hosts, "host-0", "host-1", count=6)
-    host = hosts["host-0"]
-    cache = new_cache(watch=False)
-    host.images.close()
-    with pytest.raises(Unavailable):
-        cache._drop(SIZE)
-    assert all("host-0" in hosts.known(image_id).replicas for image_id in images)
+    faults = Faults()
+    faults.next(call, fault)
+    new_cache(high_water=0.01, faults=faults)
+    wait_until(lambda: used(hosts) == 0)
+    assert held(hosts, images) == []
+    assert call in faults.calls
 
 
 def test_new_image_is_kept_while_it_is_the_only_copy(hosts: Hosts, new_cache: NewCache) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.client import Answer
+from tests.client import Answer, Connection
 from tests.cluster_of_three import ClusterOfThree, Member, StartCluster
 from tests.harness import Service, wait_for
 from tests.mounts import Mount
@@ -59,6 +59,7 @@ def test_a_dead_member(start_cluster: StartCluster) -> None:
     assert a.stored() == set(images)
 
 
+@pytest.mark.release
 def test_a_restart(start_cluster: StartCluster) -> None:
     """Of a member that is back within cluster.rebalanceDelay, nothing is copied."""
     cluster = start_cluster(cluster_rebalance_delay=60)
@@ -73,31 +74,89 @@ def test_a_restart(start_cluster: StartCluster) -> None:
     assert sum(image_id in member.stored() for member in (a, b, c)) == 2
 
 
-def test_an_upload_that_waits(start_cluster: StartCluster) -> None:
+@pytest.fixture(scope="module")
+def _single_copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterOfThree]:
+    directories = [tmp_path_factory.mktemp(name) for name in "abc"]
+    with ClusterOfThree(directories, cluster_replicas=1, cluster_lease_ttl=4) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def single_copies(_single_copies: ClusterOfThree) -> Iterator[ClusterOfThree]:
+    """A cluster that wants one copy of each image, for more than one test, with all its members live."""
+    _single_copies.start()
+    a, *_ = _single_copies.members
+    wait_for(lambda: len(a.get("/members").json()) == 3, 10, "all are live")
+    yield _single_copies
+    for member in _single_copies.members:
+        member.check_log()
+
+
+def test_an_upload_that_waits(single_copies: ClusterOfThree) -> None:
     """X-Image-Replicas: when the answer comes, so many have the image on their disks, and on record."""
-    cluster = start_cluster(cluster_replicas=1)
-    a, b, c = cluster.members
+    a, b, c = single_copies.members
     for copies in (1, 2, 3):
         content = os.urandom(3 * MIB)
         answer = put(a, content, copies)
         assert answer.status == 200
         image = answer.json()
-        holders = named(cluster, replicas(a, image["id"]))
+        holders = named(single_copies, replicas(a, image["id"]))
         assert len(holders) == copies
         assert sum(image["id"] in member.stored() for member in (a, b, c)) == copies
         for member in holders:
             assert member.download(image["id"]).body == content
 
 
-def test_too_few_members(start_cluster: StartCluster) -> None:
+def begin_waiting(connection: Connection, member: Member) -> str:
+    """An upload that three members are to hold, and which is complete at this one; returns its id."""
+    before = {image["id"] for image in member.images()}
+    connection.begin_upload(7, "X-Image-Replicas: 3")
+    connection.send(b"content")
+    complete: list[str] = []
+
+    def came() -> bool:
+        complete.extend(image["id"] for image in member.images() if image["status"] == "complete")
+        return bool(set(complete) - before)
+
+    wait_for(came, 5, "it is complete here")
+    return next(iter(set(complete) - before))
+
+
+def test_a_client_that_leaves(single_copies: ClusterOfThree) -> None:
+    """While it waits for a member that hangs: the image stays, and the copies are made all the same."""
+    a, _, c = single_copies.members
+    c.freeze()
+    with a.connect() as connection:
+        image_id = begin_waiting(connection, a)
+        assert not connection.readable(0.3)
+    c.cont()
+    assert len(wait_replicas(a, image_id, 3)) == 3
+
+
+def test_a_stop_meanwhile(single_copies: ClusterOfThree) -> None:
+    """Who waits for copies is told, and does not hold up the stop for longer than other requests do."""
+    a, _, c = single_copies.members
+    c.freeze()
+    with a.connect() as connection:
+        image_id = begin_waiting(connection, a)
+        began = time.monotonic()
+        assert a.terminate() == 0
+        assert time.monotonic() - began < 8
+        assert connection.answer().status == 503
+    c.cont()
+    single_copies.start()
+    assert a.download(image_id).body == b"content"
+
+
+def test_too_few_members(single_copies: ClusterOfThree) -> None:
     """A member that died a moment ago cannot do its part: the 503 says how many did, and the image stays. Once it is
     known to be dead, the upload is refused before its body."""
-    cluster = start_cluster(cluster_replicas=1, cluster_lease_ttl=4)
-    a, b, c = cluster.members
+    a, b, c = single_copies.members
+    before = a.images()
     c.kill()
     answer = put(a, b"content", 3)
     assert answer.status == 503
-    (image,) = a.images()
+    (image,) = (image for image in a.images() if image not in before)
     assert answer.message == f"the image {image['id']} is complete here, and 2 of 3 members have it"
     assert image["status"] == "complete"
     assert sorted(replicas(a, image["id"])) == sorted([a.id, b.id])
@@ -107,7 +166,7 @@ def test_too_few_members(start_cluster: StartCluster) -> None:
         answer = connection.answer()
     assert (answer.status, answer.message) == (503, "3 members are to hold the image, and 2 are live")
     assert put(a, b"content", 2).status == 200
-    assert len(a.images()) == 2
+    assert len(a.images()) == len(before) + 2
 
 
 @pytest.mark.parametrize("said", ["0", "-1", "two", "1.5", "", "17", "2, 2", "+2", "02"])
@@ -162,6 +221,7 @@ def test_a_full_disk(mount: Mount, tmp_path: Path, start_cluster: StartCluster) 
         assert c.download(image_id).body == contents[image_id]
 
 
+@pytest.mark.release
 def test_above_the_mark(mount: Mount, tmp_path: Path, start_cluster: StartCluster) -> None:
     """What is beyond cluster.cacheHighWater goes by itself, and is not copied again."""
     for name, size in (("a", 48), ("b", 200), ("c", 200)):
@@ -178,6 +238,7 @@ def test_above_the_mark(mount: Mount, tmp_path: Path, start_cluster: StartCluste
         assert (a.id in replicas(b, image_id)) == (image_id in a.stored())
 
 
+@pytest.mark.release
 def test_the_end(start_cluster: StartCluster) -> None:
     """A member that copies slowly in the background, or waits for others, stops at once all the same."""
     cluster = start_cluster(cluster_replicas=3, cluster_copy_bytes_per_second=MIB)
