@@ -15,7 +15,7 @@ import threading
 from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import structlog
 
@@ -51,6 +51,9 @@ from imgsvc.settings import Settings
 from imgsvc.settlements import Settlements
 from imgsvc.transfers import Transfers
 from imgsvc.uploads import Uploads
+
+if TYPE_CHECKING:
+    from imgsvc.cluster.membership import Membership
 
 # Within which a request gets its answer although a store hangs: soon enough for one that promises it within ten.
 _ANSWER_SECONDS = 8.0
@@ -95,15 +98,16 @@ class Context:
             self.members_pool = _opened(opened, Pool("members", 1, patience=1.5))
             self.images = _opened(opened, _open_images(settings))
             member = Member(
-                id=self.images.member,
+                id=settings.cluster.member_id or self.images.member,
                 site=_site(self.images),
                 url=settings.cluster.advertise_url or f"http://{_reachable(settings.host)}:{port}",
             )
+            self.member_id = member.id
             self._this = ThisMember(member, self.images)
             self.signatures = Signatures(settings.cluster.secret, member.id)
             self.peers = Peers(self.signatures, settings.cluster.peer_timeout)
             self.mirror = Mirror() if settings.metadata_store.type == "etcd" else None
-            self.records = _open_records(settings, member, opened, self._this, self.mirror)
+            self.records, self._membership = _open_records(settings, member, opened, self._this, self.mirror)
             self._wire()
             self._opened = opened.pop_all()
 
@@ -119,7 +123,7 @@ class Context:
             me=self._this.id,
             wanted=cluster.replicas,
             high_water=cluster.cache_high_water,
-            may_work=self._this.is_trusted,
+            may_work=self._is_trusted,
         )
         room = Room(self.images, self.settings.max_image_size, self.settings.disk_reserve.of, self._cache.make_room)
         self.transfers = Transfers(self.images, self.records, room, settlements, hashers=self._hashers)
@@ -150,7 +154,7 @@ class Context:
             damaged=self.copies.mend,
         )
         self._replicator = Replicator(
-            known, self.pulls, cluster, me=self._this.id, fits=fits, may_work=self._this.is_trusted
+            known, self.pulls, cluster, me=self._this.id, fits=fits, may_work=self._is_trusted
         )
         self._scrubber = Scrubber(self.settings.scrub, self.images, self.records, self._damaged)
 
@@ -174,6 +178,8 @@ class Context:
     def settle(self) -> None:
         """Settles what the last run left, and lets work begin. Raises Unavailable or NoSpace when a store cannot, and
         may then be called again; ConfigError when the stores do not belong together."""
+        if self._membership is not None:
+            self._membership.take_place(self.images)
         if not self._following:
             # Before the sweep, so that what is deleted during it is not missed.
             self.records.follow_deletions(self._deleted_elsewhere, self._deletions_missed)
@@ -225,6 +231,10 @@ class Context:
         self.transfers.close()
         self._opened.close()
 
+    def _is_trusted(self) -> bool:
+        """Whether this member is one of the cluster for certain at this moment, by a lease that cannot have run out."""
+        return self._membership is not None and self._membership.lease_id is not None
+
     def _is_held(self, image_id: str) -> bool:
         """Whether this member is on record as holding the image. Never blocks."""
         try:
@@ -260,7 +270,7 @@ def opened_beside(settings: Settings) -> Iterator[tuple[ImageStore, MetadataStor
     with contextlib.ExitStack() as opened:
         images = _opened(opened, FilesystemImageStore(settings.image_store.directory, beside=True))
         member = Member(id=images.member, site=_site(images), url="")
-        yield images, _open_records(settings, member, opened)
+        yield images, _open_records(settings, member, opened)[0]
 
 
 def _site(images: ImageStore) -> str:
@@ -301,13 +311,14 @@ def _open_records(
     opened: contextlib.ExitStack,
     this: ThisMember | None = None,
     mirror: Mirror | None = None,
-) -> MetadataStore:
-    """`this` is the member that transfers, `mirror` is what is to be filled; None for a work beside it."""
+) -> tuple[MetadataStore, Membership | None]:
+    """`this` is the member that transfers, `mirror` is what is to be filled; None for a work beside it. Where records
+    are not shared, there is no membership."""
     wanted = settings.metadata_store
     if wanted.type == "etcd":
         return _open_etcd(settings, member, opened, this, mirror)
     if wanted.type == "memory":
-        return MemoryMetadataStore(member)
+        return MemoryMetadataStore(member), None
     _make_data_dir(settings, wanted.filename)
     store = (
         open_kvite(wanted.filename, wanted.table, member)
@@ -315,7 +326,7 @@ def _open_records(
         else SqliteMetadataStore(wanted.filename, member)
     )
     opened.callback(store.close)
-    return store
+    return store, None
 
 
 def _open_etcd(
@@ -324,12 +335,11 @@ def _open_etcd(
     opened: contextlib.ExitStack,
     this: ThisMember | None,
     mirror: Mirror | None,
-) -> MetadataStore:
+) -> tuple[MetadataStore, Membership | None]:
     # Late: who does without etcd need not load gRPC.
     from imgsvc.cluster.membership import Membership, NoLease  # noqa: PLC0415
     from imgsvc.etcd import Etcd  # noqa: PLC0415
     from imgsvc.metadata.etcd import EtcdMetadataStore  # noqa: PLC0415
-    from imgsvc.metadata.etcd_transfers import Leases  # noqa: PLC0415
 
     wanted = settings.metadata_store
     etcd = _opened(
@@ -343,7 +353,7 @@ def _open_etcd(
             password=wanted.password,
         ),
     )
-    leases: Leases = NoLease()
+    membership: Membership | None = None
     if this is not None:
         if not settings.cluster.secret:
             log.warning(
@@ -351,9 +361,8 @@ def _open_etcd(
             )
         ttl = settings.cluster.lease_ttl
         membership = _opened(opened, Membership(etcd, wanted.prefix, this, seat=_seat(settings), ttl=ttl))
-        this.is_trusted = lambda: membership.lease_id is not None
-        leases = membership
-    return _opened(opened, EtcdMetadataStore(etcd, wanted.prefix, member, leases, mirror))
+    store = EtcdMetadataStore(etcd, wanted.prefix, member, membership or NoLease(), mirror)
+    return _opened(opened, store), membership
 
 
 def _make_data_dir(settings: Settings, path: Path) -> None:

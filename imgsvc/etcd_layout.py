@@ -18,6 +18,8 @@ class Layout:
         self.images = f"{self.prefix}/images/"
         self.sources = f"{self.prefix}/image-sources/"
         self.members = f"{self.prefix}/image-members/"
+        # Which directory a member was last started on, by the id in its marker.
+        self.homes = f"{self.prefix}/image-homes/"
         # A UUID, made with the first use of the prefix and never again: names this set of records.
         self.records = f"{self.prefix}/image-records"
 

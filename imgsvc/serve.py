@@ -48,7 +48,7 @@ async def _serve(settings: Settings) -> int:
         idle_connection_timeout=settings.idle_timeout,
     )
     server.add_sockets(sockets)
-    log.info("listening", host=settings.host, port=port, version=__version__, member=context.images.member)
+    log.info("listening", host=settings.host, port=port, version=__version__, member=context.member_id)
     watchdog = asyncio.create_task(_feed_watchdog())
     try:
         if await _settle(context, stop):

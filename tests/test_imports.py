@@ -82,11 +82,12 @@ RULES: tuple[Only | AtMost, ...] = (
         besides=("imgsvc.metadata.store", "imgsvc.metadata.image", "imgsvc.metadata.mirror"),
     ),
     Only(
-        ("imgsvc.etcd*", "imgsvc.cluster.membership", "imgsvc.cluster.member_key"),
+        ("imgsvc.etcd*", "imgsvc.cluster.membership", "imgsvc.cluster.member_key", "imgsvc.cluster.renaming"),
         (
             "imgsvc.etcd*",
             "imgsvc.cluster.membership",
             "imgsvc.cluster.member_key",
+            "imgsvc.cluster.renaming",
             "imgsvc.metadata.etcd*",
             "imgsvc.context",
         ),

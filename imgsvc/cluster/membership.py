@@ -10,10 +10,12 @@ from collections.abc import Callable
 import structlog
 
 from imgsvc.cluster.member_key import MemberKey
+from imgsvc.cluster.renaming import Renaming
 from imgsvc.cluster.this_member import ThisMember
 from imgsvc.deadline import time_left
 from imgsvc.errors import ImgsvcError, Unavailable
 from imgsvc.etcd import Etcd, LeaseLost
+from imgsvc.images.store import ImageStore
 
 LEASE_SECONDS = 10
 # Between attempts while etcd is away.
@@ -40,6 +42,7 @@ class Membership:
     def __init__(self, etcd: Etcd, prefix: str, this: ThisMember, *, seat: str, ttl: int = LEASE_SECONDS) -> None:
         """`seat` as `MemberKey` has it."""
         self._etcd = etcd
+        self._prefix = prefix
         self._id = this.id
         self._ttl = ttl
         self._key = MemberKey(etcd, prefix, this, seat)
@@ -82,6 +85,13 @@ class Membership:
     def on_new_lease(self, restore: Callable[[int], None]) -> None:
         """Has `restore(lease)` called before a lease replaces a lost one; it puts back what was on the old one."""
         self._restore.append(restore)
+
+    def take_place(self, images: ImageStore) -> None:
+        """To be called before anything is done in this member's name: nobody else has it, and it is the name of the
+        directory from now on, whose images are on record under it. Raises Unavailable, and may then be called again;
+        ConfigError when the name is another directory's."""
+        self.lease()
+        Renaming(self._etcd, self._prefix, images, self._id).settle()
 
     def close(self) -> None:
         """Ends the thread and, if etcd answers, the lease with all that is on it; may be called twice."""

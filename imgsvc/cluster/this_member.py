@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
 from datetime import UTC, datetime
 
 from imgsvc import __version__
@@ -16,13 +15,11 @@ from imgsvc.metadata.store import Member
 
 
 class ThisMember:
-    """`unmeasured` is what needs no disk to be told; `is_trusted` says whether this member is one of the cluster for
-    certain at this moment, by a lease that cannot have run out."""
+    """`unmeasured` is what needs no disk to be told."""
 
     def __init__(self, member: Member, images: ImageStore) -> None:
         self.id = member.id
         self.unmeasured = LiveMember(member.id, member.url, version=__version__, started=format_time(datetime.now(UTC)))
-        self.is_trusted: Callable[[], bool] = lambda: False
         self._images = images
 
     def measured(self) -> LiveMember:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,8 @@ _MARKER = ".imgsvc"
 _SCRUB = ".imgsvc-scrub"
 _PROBE = ".imgsvc-probe"
 _MARKER_LIMIT = 64 * 1024
+# What may be the id of a member: it is part of keys and of log lines.
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class FilesystemImageStore:
@@ -74,11 +77,17 @@ class FilesystemImageStore:
             except BaseException:
                 self._directory.close()
                 raise
-        self._member = new_id() if self._marker is None else self._marker.member
+        self._member = self._home = new_id()
+        if self._marker is not None:
+            self._member, self._home = self._marker.member, self._marker.home
 
     @property
     def member(self) -> str:
         return self._member
+
+    @property
+    def home(self) -> str:
+        return self._home
 
     @property
     def place(self) -> str:
@@ -93,11 +102,12 @@ class FilesystemImageStore:
         return "" if self._marker is None else self._marker.records
 
     def mark(self, identity: str) -> None:
-        marker = _Marker(self._member, identity)
-        with self._required():
-            self._directory.make(_INCOMING)
-            self._put(_MARKER, json.dumps(asdict(marker)))
-        self._marker = marker
+        self._mark(_Marker(self._member, identity, self._home))
+
+    def rename(self, member: str) -> None:
+        if self._marker is not None:
+            self._mark(_Marker(member, self._marker.records, self._home))
+        self._member = member
 
     def claim(self, image_id: str) -> None:
         path = _incoming(image_id)
@@ -220,6 +230,12 @@ class FilesystemImageStore:
     def close(self) -> None:
         self._directory.close()
 
+    def _mark(self, marker: _Marker) -> None:
+        with self._required():
+            self._directory.make(_INCOMING)
+            self._put(_MARKER, json.dumps(asdict(marker)))
+        self._marker = marker
+
     def _changed(self) -> int:
         with translated("look at the image directory"):
             return self._directory.stat(".").st_mtime_ns
@@ -321,14 +337,16 @@ class FilesystemImageStore:
 class _Marker:
     member: str
     records: str
+    home: str
 
     @classmethod
     def parse(cls, text: bytes) -> Self:
         """Raises ValueError."""
         match json.loads(text):
-            case {"member": str(member), "records": str(records)} if is_id(member):
-                return cls(member, records)
-        raise ValueError('it is no JSON object with "member", a UUID, and "records"')
+            case {"member": str(member), "records": str(records), **rest} if _NAME.fullmatch(member):
+                # In the first markers the member's id was both.
+                return cls(member, records, str(rest.get("home", member)))
+        raise ValueError('it is no JSON object with "member" and "records"')
 
 
 def _incoming(image_id: str) -> str:

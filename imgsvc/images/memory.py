@@ -24,12 +24,16 @@ class MemoryImageStore:
         self._quarantined: list[tuple[str, bytearray]] = []
         self._last_scrub = ""
         self._records: str | None = None
-        self._member = new_id()
+        self._member = self._home = new_id()
         self._closed = False
 
     @property
     def member(self) -> str:
         return self._member
+
+    @property
+    def home(self) -> str:
+        return self._home
 
     @property
     def place(self) -> str:
@@ -45,6 +49,9 @@ class MemoryImageStore:
 
     def mark(self, identity: str) -> None:
         self._records = identity
+
+    def rename(self, member: str) -> None:
+        self._member = member
 
     def claim(self, image_id: str) -> None:
         require_id(image_id)

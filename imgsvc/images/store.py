@@ -108,7 +108,12 @@ class ImageStore(Protocol):
 
     @property
     def member(self) -> str:
-        """The id of the host whose images these are: made on first use, kept in the marker."""
+        """The id of the host whose images these are: made on first use, or given by `rename`; kept in the marker."""
+
+    @property
+    def home(self) -> str:
+        """Tells this directory from all others whatever its host is called: a UUID, made on first use and kept in the
+        marker."""
 
     @property
     def place(self) -> str:
@@ -127,6 +132,10 @@ class ImageStore(Protocol):
 
         Before it, nothing is written, and what would write raises Unavailable. Raises ConfigError when it cannot.
         """
+
+    def rename(self, member: str) -> None:
+        """The host has this id from now on, and the marker says so when this returns, if there is one. Raises
+        ConfigError when it cannot."""
 
     def claim(self, image_id: str) -> None:
         """Leaves a durable note that a transfer of this image is under way here; `writer` takes it over."""
