@@ -145,7 +145,7 @@ class Context:
             self.images, self.records, self.transfers, settlements, expire=self.settings.uploads.expire
         )
         self._maintenance = Maintenance(self.images, self.records, self.fetcher, self.uploads, self._digests)
-        self.copies = Copies(self.pulls, self.records.get)
+        self.copies = Copies(self.pulls, self.records.get, self._has)
         self.checks = Checks(
             self.images,
             self.records,
@@ -239,6 +239,13 @@ class Context:
         """Whether this member is on record as holding the image. Never blocks."""
         try:
             return self.mirror is not None and self._this.id in self.mirror.get(image_id).replicas
+        except NotFound:
+            return False
+
+    def _has(self, image_id: str) -> bool:
+        """Whether it is held, and its file there, too."""
+        try:
+            return self._is_held(image_id) and self.images.size(image_id) >= 0
         except NotFound:
             return False
 

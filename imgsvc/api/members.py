@@ -16,6 +16,7 @@ class MembersHandler(BaseHandler):
 
     async def get(self) -> None:
         members = await self.context.members_pool.run(self.context.members)
+        self.say_stale(self.context.mirror.stale if self.context.mirror is not None else None)
         self.write(json.dumps([dataclasses.asdict(member) for member in members], separators=(",", ":")) + "\n")
 
     head = get

@@ -27,10 +27,12 @@ class Copier(Protocol):
 class Copies:
     """One for an image, however many ask."""
 
-    def __init__(self, copier: Copier, get: Callable[[str], Image]) -> None:
-        """`get` reads a record; it may block, and raises what a store does."""
+    def __init__(self, copier: Copier, get: Callable[[str], Image], held: Callable[[str], bool]) -> None:
+        """`get` reads a record, `held` says whether this member has the image's bytes, on record; both may block, and
+        raise what a store does."""
         self._copier = copier
         self._get = get
+        self._held = held
         self._lock = threading.Lock()
         self._running: dict[str, Future[None]] = {}
         self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="copies")
@@ -64,7 +66,8 @@ class Copies:
         image = self._get(image_id)
         if image.status is not Status.COMPLETE:
             raise NotComplete(f"image {image_id} is not complete")
-        self._copier.copy(image)
+        if not self._held(image_id):
+            self._copier.copy(image)
 
     def _ended(self, image_id: str, copy: Future[None]) -> None:
         with self._lock:

@@ -22,6 +22,7 @@ class Copier:
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.copied: list[str] = []
+        self.held: set[str] = set()
         self.busy = 0
         self.failure: Exception | None = None
 
@@ -47,7 +48,7 @@ def copier() -> Iterator[Copier]:
 
 @pytest.fixture
 def asked(copier: Copier) -> Iterator[Copies]:
-    with closing(Copies(copier, whole)) as asked:
+    with closing(Copies(copier, whole, copier.held.__contains__)) as asked:
         yield asked
         copier.gate.set()
 
@@ -62,6 +63,14 @@ def test_one_for_all_who_ask(copier: Copier, asked: Copies) -> None:
     wait_until(lambda: not asked._running)
     asked.begin(image_id).result(5)
     assert copier.copied == [image_id] * 2
+
+
+def test_what_is_held(copier: Copier, asked: Copies) -> None:
+    """Then there is nothing to do."""
+    image_id = new_id()
+    copier.held.add(image_id)
+    asked.begin(image_id).result(5)
+    assert copier.copied == []
 
 
 def test_few_at_a_time(copier: Copier, asked: Copies, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +100,7 @@ def test_failures(copier: Copier, asked: Copies) -> None:
 
 def test_what_is_not_complete(copier: Copier) -> None:
     """It is not copied."""
-    pending = Copies(copier, lambda image_id: Image(image_id, ImageType.KVM))
+    pending = Copies(copier, lambda image_id: Image(image_id, ImageType.KVM), copier.held.__contains__)
     with closing(pending), pytest.raises(NotComplete):
         pending.begin(new_id()).result(5)
     assert copier.copied == []
@@ -111,7 +120,7 @@ def test_mending(copier: Copier, asked: Copies, failure: Exception | None, level
 
 def test_the_end(copier: Copier) -> None:
     """What waits is dropped, and nothing is begun any more."""
-    asked = Copies(copier, whole)
+    asked = Copies(copier, whole, copier.held.__contains__)
     ends = [asked.begin(new_id()) for _ in range(6)]
     wait_until(lambda: copier.busy == 4)
     threading.Timer(0.2, copier.gate.set).start()
