@@ -25,7 +25,7 @@ _COPIES = 2
 _PASS_INTERVAL = 300.0
 # A look at all takes no more than this part of the time: with 1,000,000 images it takes two seconds of one core.
 _PASS_SHARE = 0.1
-# Seconds between two pages of 1,000 images in it.
+# Seconds between two pages of 1,000 images in it, and as long as the page took: others want the interpreter as well.
 _BREATH = 0.001
 # Images that changed and were not looked at; with more, all are looked at.
 _MOST_CHANGED = 10_000
@@ -166,11 +166,12 @@ class Replicator:
             self._pass_due = math.inf
             self._shortages.begin_round()
         for page in self._mirror.pages():
+            turned = time.monotonic()
             for known in page:
                 if self._shortages.lacks(known, presence):
                     lacking += 1
                     self._look_at(known, presence)
-            if self._closing.wait(_BREATH):
+            if self._closing.wait(_BREATH + time.monotonic() - turned):
                 return
         with self._lock:
             self._shortages.end_round(presence.live.keys())

@@ -214,11 +214,24 @@ def test_room_for_a_transfer(hosts: Hosts, new_cache: NewCache) -> None:
 
 def test_room_that_cannot_be_made(hosts: Hosts, new_cache: NewCache) -> None:
     """For what would not fit either way, nothing is dropped: a client that announces too much costs no copies."""
-    images = hold(hosts, "host-0", "host-1", count=6) + hold(hosts, "host-0", count=2)
+    images = hold(hosts, "host-0", "host-1", count=4) + hold(hosts, "host-0", "host-3", count=3)
+    hosts.leave("host-3")
     room = Room(hosts["host-0"].images, 0, lambda _total: 0, new_cache(high_water=1.0).make_room)
     with pytest.raises(NoSpace):
-        room.check_space(9 * SIZE)
+        room.check_space(8 * SIZE)
     assert held(hosts, images) == images
+
+
+def test_a_member_that_leaves_meanwhile(hosts: Hosts, new_cache: NewCache) -> None:
+    """Who is live is looked at again for each copy."""
+    (image_id,) = hold(hosts, "host-0", "host-1", "host-2")
+    cache = new_cache(2, watch=False)
+    (spare,) = cache._spare()
+    hosts.leave("host-1")
+    assert cache._drop_one(spare.id) == 0
+    assert held(hosts, [image_id]) == [image_id]
+    hosts.join("host-1")
+    assert cache._drop_one(spare.id) == SIZE
 
 
 def test_many_that_need_room(hosts: Hosts, new_cache: NewCache) -> None:
