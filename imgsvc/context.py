@@ -29,6 +29,7 @@ from imgsvc.cluster.presence import has_room
 from imgsvc.cluster.pulls import Pulls
 from imgsvc.cluster.replicator import Replicator
 from imgsvc.cluster.supply import Supply
+from imgsvc.cluster.takeover import Takeover
 from imgsvc.cluster.this_member import ThisMember
 from imgsvc.digests import Digests
 from imgsvc.errors import ConfigError, NotFound
@@ -144,6 +145,7 @@ class Context:
         self.uploads = Uploads(
             self.images, self.records, self.transfers, settlements, expire=self.settings.uploads.expire
         )
+        self._takeover = None if self.mirror is None else self._new_takeover(self.mirror)
         self._maintenance = Maintenance(self.images, self.records, self.fetcher, self.uploads, self._digests)
         self.copies = Copies(self.pulls, self.records.get, self._has)
         self.checks = Checks(
@@ -175,6 +177,18 @@ class Context:
             hashers=self._hashers,
         )
 
+    def _new_takeover(self, mirror: Mirror) -> Takeover:
+        return Takeover(
+            self._this.id,
+            mirror,
+            self.records,
+            self.fetcher,
+            self.transfers,
+            uploads=self.uploads,
+            may_work=lambda: self.not_ready is None and self._is_trusted(),
+            lease_ttl=self.settings.cluster.lease_ttl,
+        )
+
     def settle(self) -> None:
         """Settles what the last run left, and lets work begin. Raises Unavailable or NoSpace when a store cannot, and
         may then be called again; ConfigError when the stores do not belong together."""
@@ -194,6 +208,8 @@ class Context:
             self.checks.start()
             self._replicator.start()
             self._cache.start()
+        if self._takeover is not None:
+            self._takeover.start()
         self._settled.set()
         self.not_ready = None
 
@@ -217,6 +233,8 @@ class Context:
         """Stops fetches, settles what can be, and closes the stores."""
         self._closing = True
         self._settled.set()
+        if self._takeover is not None:
+            self._takeover.close()
         self._orders.close()
         self._replicator.stop()
         self._cache.close()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from imgsvc.errors import FetchFailed, ImgsvcError, NotFound, Stopping, Unavailable
+from imgsvc.errors import Conflict, FetchFailed, ImgsvcError, NotFound, Stopping, Unavailable
 from imgsvc.fetch import Fetch
 from imgsvc.images.store import ImageStore
 from imgsvc.metadata.image import Image, Status
@@ -48,6 +48,9 @@ class Fetcher:
         self._throttle = Throttle(settings.max_bytes_per_second)
         self._turns: Turns[_Turn] = Turns()
         self._running: set[Fetch] = set()
+        # Ids of images whose first turn is to come, and whose transfer is about to begin.
+        self._waiting: set[str] = set()
+        self._beginning: set[str] = set()
         self._lock = threading.Lock()
         self._stopping = False
         self._closing = threading.Event()
@@ -64,8 +67,24 @@ class Fetcher:
             thread.start()
 
     def submit(self, image_id: str) -> None:
-        """Has a claimed, pending image fetched. Returns at once."""
+        """Has a claimed, pending image fetched, unless it waits for that already. Returns at once."""
+        with self._lock:
+            if image_id in self._waiting:
+                return
+            self._waiting.add(image_id)
         self._turns.put(_Turn(image_id))
+
+    def is_waiting(self, image_id: str) -> bool:
+        """Whether it was submitted, and its transfer has not begun yet."""
+        with self._lock:
+            return image_id in self._waiting or image_id in self._beginning
+
+    def take(self, image: Image) -> Image:
+        """Makes an image, which is given as it shall be, pending, one that is fetched here, and submits it. Raises
+        Conflict or NotFound when its record is no longer as it was; then nothing is left of that. After Unavailable or
+        NoSpace of the records it is tried again."""
+        self._images.claim(image.id)
+        return self._settlements.settle(image.id, lambda: self._take_claimed(image))
 
     def close(self) -> None:
         """Stops the fetches and returns when they have; they and those that wait are left for the next start."""
@@ -83,6 +102,15 @@ class Fetcher:
             if turn.fetch is not None:
                 turn.fetch.transfer.suspend()
         self._disk.shutdown()
+
+    def _take_claimed(self, image: Image) -> Image:
+        try:
+            image = self._records.update(image)
+        except (NotFound, Conflict):
+            self._images.unclaim(image.id)
+            raise
+        self.submit(image.id)
+        return image
 
     def _work(self) -> None:
         while (turn := self._turns.get()) is not None:
@@ -132,6 +160,16 @@ class Fetcher:
 
     def _begin(self, turn: _Turn) -> Fetch | None:
         """None when there is nothing to fetch, or not yet."""
+        with self._lock:
+            self._waiting.discard(turn.image_id)
+            self._beginning.add(turn.image_id)
+        try:
+            return self._begun(turn)
+        finally:
+            with self._lock:
+                self._beginning.discard(turn.image_id)
+
+    def _begun(self, turn: _Turn) -> Fetch | None:
         image = self._record(turn)
         if image is None:
             return None
@@ -150,18 +188,24 @@ class Fetcher:
         )
 
     def _record(self, turn: _Turn) -> Image | None:
-        """The record, now that its turn has come; None when the image need not be fetched any more."""
+        """The record, now that its turn has come; None when the image need not be fetched any more, or not here."""
         try:
             image = self._records.get(turn.image_id)
+            if image.status is Status.PENDING and self._records.may_own(image.id):
+                return image
+            log.info("fetch left to others", image=image.id, status=image.status.value)
         except NotFound:
-            self._images.unclaim(turn.image_id)
-            return None
+            pass
         except Unavailable as error:
             # Behind the others: it may be this record alone that cannot be read.
             log.warning("fetch waits for the metadata store", reason=str(error))
+            with self._lock:
+                self._waiting.add(turn.image_id)
             self._turns.put(turn, _RETRY_INTERVAL)
             return None
-        return image if image.status is Status.PENDING else None
+        if not self._transfers.is_known(turn.image_id):
+            self._images.unclaim(turn.image_id)
+        return None
 
     def _put_off(self, turn: _Turn, seconds: float) -> None:
         with self._lock:

@@ -66,6 +66,8 @@ class Resumable:
         self.metadata = metadata
         self._expire = expire
         self.touched = touched
+        # The `touched` by which others were told how long they are to wait for us; None before they were.
+        self.told: float | None = None
         self._verified = verified
         self.lock = threading.Lock()
         self.request: Request | None = None

@@ -208,10 +208,9 @@ class ImageService:
             image = self._records.get(image.id)
             if image.status is not Status.ERROR or self._transfers.is_known(image.id):
                 return image
-            self._images.claim(image.id)
             wanted = dataclasses.replace(image.requeued(), expected_sha256=expected_sha256)
             try:
-                return self._settlements.settle(image.id, lambda: self._requeue(wanted))
+                return self._fetcher.take(wanted)
             except Conflict:
                 return self._records.get(image.id)
 
@@ -220,15 +219,6 @@ class ImageService:
         latest = time.monotonic() + _LAST_MOMENT
         while self._transfers.is_known(image_id) and time.monotonic() < latest:
             time.sleep(0.02)
-
-    def _requeue(self, image: Image) -> Image:
-        try:
-            image = self._records.update(image)
-        except (NotFound, Conflict):
-            self._images.unclaim(image.id)
-            raise
-        self._fetcher.submit(image.id)
-        return image
 
 
 def _require_id(text: str) -> None:

@@ -92,6 +92,12 @@ class Transfers:
             running = image_id in self._running
         return running or self._settlements.waiting(image_id)
 
+    def revisions(self) -> list[tuple[str, int]]:
+        """The images that this process is transferring, each with the revision that it last wrote of the record."""
+        with self._lock:
+            running = list(self._running.values())
+        return [(transfer.image.id, transfer.image.revision) for transfer in running if not transfer.over]
+
     def cancel(self, image_id: str, reason: ImgsvcError) -> None:
         """Tells the owner of the image's transfer to give up, if it is running here; one that is paused is over."""
         with self._lock:

@@ -11,7 +11,7 @@ import functools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import structlog
@@ -43,6 +43,8 @@ from imgsvc.whole import digest_of
 _INTERVAL = 0.5
 # Seconds before a store that did not answer is asked again.
 _RETRY_INTERVAL = 2.0
+# The part of the time until an upload expires after which other members are told of new bytes.
+_TOLD_PART = 0.1
 # What the notes of such an upload say of its bytes; those of fetches say something else.
 _KIND = "resumable upload"
 
@@ -120,7 +122,9 @@ class Uploads:
             transfer.abort(error)
             raise
         transfer.pause()
-        return self._add(transfer, metadata, time.time(), verified=True).look()
+        upload = self._add(transfer, metadata, time.time(), verified=True)
+        self._have_others_wait([upload])
+        return upload.look()
 
     def look(self, image_id: str) -> Progress:
         """Raises Locked, NoSpace."""
@@ -142,6 +146,10 @@ class Uploads:
         self._transfers.admit(size, upload.transfer)
         return upload.begin(offset, checksum)
 
+    def is_known(self, image_id: str) -> bool:
+        """Whether this process is to bring the upload to its end."""
+        return image_id in self._whole or self._known(image_id) is not None
+
     def take_over(self, image: Image) -> bool:
         """Whether an image in transfer, without a source, is such an upload of an earlier run. What is there of it will
         be verified. May be called again. Raises Unavailable or NoSpace.
@@ -149,7 +157,7 @@ class Uploads:
         An upload of any kind is one from the moment when its bytes are whole: all of them were here, and verified, when
         the process died.
         """
-        if image.id in self._whole or self._known(image.id) is not None:
+        if self.is_known(image.id):
             return True
         try:
             size = self._images.size(image.id)
@@ -223,12 +231,31 @@ class Uploads:
 
     def _work(self) -> None:
         while not self._closing.is_set():
-            for upload in self._all():
+            uploads = self._all()
+            for upload in uploads:
                 upload.abandon(time.time())
+            self._have_others_wait(uploads)
             if self._to_verify:
                 self._take(self._to_verify.popleft())
             else:
                 self._closing.wait(_INTERVAL)
+
+    def _have_others_wait(self, uploads: Iterable[Resumable]) -> None:
+        """Should this member die, nobody else ends these uploads before they can have expired. That is told anew when a
+        good part of the time has gone by since; else it would be a write for every block."""
+        part = self._expire * _TOLD_PART
+        for upload in uploads:
+            touched = upload.touched
+            if upload.told is not None and touched < upload.told + part:
+                continue
+            try:
+                self._records.expect(upload.transfer.image.id, touched + self._expire + part)
+            except (Unavailable, NoSpace) as error:
+                log.debug("others were not told how long to wait", reason=str(error))
+                return
+            except (Conflict, NotFound) as error:  # which its transfer will find out as well
+                log.info("upload lost", image=upload.transfer.image.id, reason=str(error))
+            upload.told = touched
 
     def _take(self, job: Callable[[], None]) -> None:
         try:

@@ -85,6 +85,8 @@ class _State:
     known: dict[str, Known] = field(default_factory=dict)
     # Their ids in order.
     ids: list[str] = field(default_factory=list)
+    # Of those that are in transfer.
+    moving: set[str] = field(default_factory=set)
     # What belongs to images that have no record yet, or no longer.
     without_record: dict[str, Known] = field(default_factory=dict)
     members: dict[str, LiveMember] = field(default_factory=dict)
@@ -93,6 +95,7 @@ class _State:
         return self.known.get(image_id) or self.without_record.get(image_id)
 
     def set(self, image_id: str, known: Known | None) -> None:
+        self.moving.discard(image_id)
         if known is None or not known.document:
             if self.known.pop(image_id, None) is not None:
                 del self.ids[bisect.bisect_left(self.ids, image_id)]
@@ -104,6 +107,8 @@ class _State:
         if image_id not in self.known:
             bisect.insort(self.ids, image_id)
         self.known[image_id] = known
+        if known.in_transfer:
+            self.moving.add(image_id)
 
 
 class Mirror:
@@ -182,6 +187,11 @@ class Mirror:
             yield page
             after = page[-1].id
 
+    def in_transfer(self) -> Sequence[Known]:
+        """The images that somebody must still bring to an end."""
+        with self._lock:
+            return [self._state.known[image_id] for image_id in self._state.moving]
+
     def listen(self, changed: Callable[[str], None]) -> None:
         """Has `changed(id)` called, soon, after every change of an image, and `changed("")` after one of who is live
         or of everything. It must not block."""
@@ -198,6 +208,7 @@ class Mirror:
         for each in known:
             (state.known if each.document else state.without_record)[each.id] = each
         state.ids = sorted(state.known)
+        state.moving = {each.id for each in state.known.values() if each.in_transfer}
         with self._lock:
             self._ahead = {} if anew else {each: at for each, at in self._ahead.items() if at > revision}
             for image_id in self._ahead:

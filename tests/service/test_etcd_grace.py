@@ -48,7 +48,7 @@ def assert_complete(service: Service, image_id: str, content: bytes) -> None:
     wait_for(lambda: service.incoming() == set(), 5, ".incoming is empty")
 
 
-@pytest.mark.parametrize(("begin", "status"), [(plain, 200), (resumable, 204)])
+@pytest.mark.parametrize(("begin", "status"), [(resumable, 204), pytest.param(plain, 200, marks=pytest.mark.release)])
 def test_etcd_is_back_within_the_grace(
     own_etcd: EtcdCluster, start_service: StartService, begin: Begin, status: int
 ) -> None:
