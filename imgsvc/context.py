@@ -229,6 +229,12 @@ class Context:
         while self._background:
             await asyncio.wait(self._background)
 
+    def stop_work(self) -> None:
+        """Ends what nobody waits for, and leaves it to the next start, or to another member."""
+        self._replicator.stop()
+        self.pulls.stop_copies()
+        self.fetcher.close()
+
     def close(self) -> None:
         """Stops fetches, settles what can be, and closes the stores."""
         self._closing = True
@@ -281,6 +287,7 @@ class Context:
         self._settled.wait()
         if not self._closing:
             self._maintenance.reconcile()
+            self.pulls.reconcile()
 
 
 @contextlib.contextmanager

@@ -108,7 +108,7 @@ async def _drain(server: HTTPServer, context: Context, in_flight: InFlight) -> N
     """Uploads and downloads get `shutdownTimeout` to end; fetches are left to the next start at once."""
     server.stop()
     context.not_ready = "the service is stopping"
-    stopping_fetches = asyncio.create_task(asyncio.to_thread(context.fetcher.close))
+    stopping_fetches = asyncio.create_task(asyncio.to_thread(context.stop_work))
     await in_flight.drain(context.settings.shutdown_timeout)
     await server.close_all_connections()
     await context.finish_background()

@@ -161,30 +161,36 @@ class ImageService:
             raise NotComplete(f"image {image.id} is not complete")
         self._served(image.id)
         try:
-            reader = self._open_bytes(image.id)
-        except NotFound as missing:
+            return image, self._open_bytes(image), stale
+        except (NotFound, Unavailable) as trouble:
             if not own:
                 with contextlib.suppress(Elsewhere):
                     return image, self._pulls.open(image), stale
-            raise self._elsewhere(image) from missing
-        if reader.size != image.size:
-            reader.close()
-            log.error("bytes of a complete image have changed", image=image.id, bytes=reader.size, size=image.size)
-            raise Unavailable(f"the image has {reader.size} bytes on the disk, and should have {image.size}")
-        return image, reader, stale
+            if isinstance(trouble, Unavailable):
+                raise
+            raise self._elsewhere(image) from trouble
 
     def _elsewhere(self, image: Image) -> Unavailable:
         """What is to be said of an image that is not here."""
-        holders = self._records.holders(image.id)
+        try:
+            holders = self._records.holders(image.id)
+        except Unavailable:
+            holders = image.replicas or ()
         if holders:
             return Elsewhere(f"this host does not hold the image; held by {', '.join(holders)}")
         log.error("bytes of a complete image are missing", image=image.id)
         return Unavailable("this host does not hold the image, and no other is known to")
 
-    def _open_bytes(self, image_id: str) -> ImageReader:
-        if self._digests.doubts(image_id):
+    def _open_bytes(self, image: Image) -> ImageReader:
+        """Raises NotFound when they are not here, Unavailable when they are not to be had."""
+        if self._digests.doubts(image.id):
             raise NotFound("the digest of these bytes has not been found right yet")
-        return self._images.open(image_id)
+        reader = self._images.open(image.id)
+        if reader.size != image.size:
+            reader.close()
+            log.error("bytes of a complete image have changed", image=image.id, bytes=reader.size, size=image.size)
+            raise Unavailable(f"the image has {reader.size} bytes on the disk, and should have {image.size}")
+        return reader
 
     def _fetch_if_created(self, image_id: str) -> None:
         """After a `create` of which nobody knows whether it succeeded."""

@@ -42,12 +42,12 @@ class Choice:
 
     def holders(self, image: Image) -> Sequence[LiveMember]:
         """The other live members that are on record as holding the image."""
-        on_record = set(image.replicas or ())
-        with suppress(NotFound):  # too new
-            on_record.update(self._mirror.get(image.id).replicas)
-        on_record.discard(self._member_id)
-        live = self._mirror.members()
-        return [live[member] for member in sorted(on_record) if member in live]
+        on_record, live = self._on_record(image), self._mirror.members()
+        return [live[member] for member in sorted(on_record - {self._member_id}) if member in live]
+
+    def is_mine(self, image: Image) -> bool:
+        """Whether this member is on record as holding the image."""
+        return self._member_id in self._on_record(image)
 
     def best(self, image: Image, without: Collection[str]) -> LiveMember | None:
         """The one to be asked next, other than those; None when there is none."""
@@ -78,6 +78,12 @@ class Choice:
     def failed(self, member: LiveMember) -> None:
         with self._lock:
             self._seen.setdefault(member.id, _Seen()).failed = time.monotonic()
+
+    def _on_record(self, image: Image) -> set[str]:
+        found = set(image.replicas or ())
+        with suppress(NotFound):  # too new
+            found.update(self._mirror.get(image.id).replicas)
+        return found
 
     def _rank(self, member: LiveMember) -> tuple[bool, int, int]:
         seen, now = self._seen.get(member.id, _Seen()), time.monotonic()

@@ -50,10 +50,12 @@ class Pull:
         admit: Callable[[], None],
         hashers: Executor,
         held: Callable[[Image], None],
+        background: bool = False,
         throttle: Throttle | None = None,
     ) -> None:
         """`admit` raises NoSpace when the image will not fit beside what else is on its way. `held` notes that the committed image
-        is here, or raises why it is not to be. The throttle holds for as long as nobody follows."""
+        is here, or raises why it is not to be. One in the `background` began without a client; the throttle holds for
+        as long as it has none."""
         self.image = image
         self.course = Course(image.size)
         self._images = images
@@ -62,6 +64,7 @@ class Pull:
         self._admit = admit
         self._hashers = hashers
         self._held = held
+        self._background = background
         self._throttle = throttle
         self._digest = hashlib.sha256()
         self._buffer = memoryview(b"")
@@ -76,6 +79,11 @@ class Pull:
     def missing(self) -> int:
         """Bytes that are still to be written."""
         return 0 if self._over.is_set() else self.image.size - self.course.position
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no client has asked for it."""
+        return self._background and not self.course.followed
 
     def cancel(self, reason: ImgsvcError) -> None:
         """Ends it soon, and for those who follow at once; does nothing when the image is whole."""
@@ -110,7 +118,7 @@ class Pull:
         writer: ImageWriter | None = None
         try:
             self._admit()
-            writer = self._images.writer(self.image.id, followed=True)
+            writer = self._images.writer(self.image.id, followed=not self._background)
             self._fill(writer)
             writer.commit()
         except Exception as error:
@@ -179,19 +187,27 @@ class Pull:
         position = self.course.position
         room = self._buffer[: min(BLOCK - position % BLOCK, self.image.size - position)]
         filled, began = 0, time.monotonic()
+        heard = began
         try:
             while filled < len(room):
                 count = line.receive(room[filled:])
-                filled += count
-                if not filled:
+                now = time.monotonic()
+                if count:
+                    filled, heard = filled + count, now
+                else:
                     self.course.tell_if_due()
-                    line.wait(began)
+                    line.wait(heard)
                 # The first bytes of all are what clients wait for most.
-                elif not count or not position or time.monotonic() - began > _PATIENCE:
+                if filled and self._is_hurried and (not count or not position or now - began > _PATIENCE):
                     break
         finally:
             if filled:
                 self._write(writer, room[:filled])
+
+    @property
+    def _is_hurried(self) -> bool:
+        """Whether bytes are not to wait for a block to be full."""
+        return not self._background or self.course.followed
 
     def _write(self, writer: ImageWriter, block: memoryview) -> None:
         self.course.look()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 
 import structlog
@@ -27,6 +28,8 @@ _FOR_CLIENTS = 32
 _IN_BACKGROUND = 4
 # Parts of images that are on their way through at once.
 _RELAYING = 16
+# Clients whose images pass through at once; the next is told to come back. Each has a part in memory.
+_RELAYS = 512
 # Seconds between two looks at whether the service stops.
 _LOOK = 0.25
 
@@ -56,7 +59,9 @@ class Pulls:
         self._hashers = hashers
         self._lock = threading.Lock()
         self._running: dict[str, Pull] = {}
+        self._relays: set[Relay] = set()
         self._closing = threading.Event()
+        self._no_copies = threading.Event()
         self._background = threading.Semaphore(_IN_BACKGROUND)
         self._threads = ThreadPoolExecutor(_FOR_CLIENTS, thread_name_prefix="pull")
         self._relaying = ThreadPoolExecutor(_RELAYING, thread_name_prefix="relay")
@@ -72,7 +77,12 @@ class Pulls:
             raise Elsewhere("no live member holds the image")
 
         def relay(offset: int, digest: object | None) -> Relay:
-            return Relay(image, self._supply, self._relaying, offset=offset, before=digest)
+            made = Relay(image, self._supply, self._relaying, self._relays.discard, offset=offset, before=digest)
+            if len(self._relays) >= _RELAYS and not offset:
+                made.refuse(Unavailable("too many images pass through this member, which has no room for them"))
+            else:
+                self._relays.add(made)
+            return made
 
         # Without a digest nobody could tell whether a copy is right.
         return Follower(image, lambda: self._join(image), relay) if image.sha256 else relay(0, None)
@@ -82,6 +92,8 @@ class Pulls:
         be had now, NoSpace, NotFound or Conflict when it is not wanted any more, Stopping."""
         if not image.sha256:
             raise Unavailable("the image has no digest yet, by which a copy could be judged")
+        if self._is_here(image):
+            return
         while not self._background.acquire(timeout=_LOOK):
             self._require_open()
         try:
@@ -90,13 +102,21 @@ class Pulls:
                 pull = self._running.get(image.id)
                 mine = pull is None
                 if pull is None:
-                    pull = self._running[image.id] = self._made(image, throttle)
+                    pull = self._running[image.id] = self._made(image, throttle, background=True)
             if mine:
                 self._run(pull)
-            while not pull.result(_LOOK):
-                self._require_open()
+            self._wait_for(pull, image)
         finally:
             self._background.release()
+
+    def stop_copies(self) -> None:
+        """Ends those that nobody waits for, and lets no other begin."""
+        self._no_copies.set()
+        self._cancel(Stopping("the service is stopping"), lambda pull: pull.is_idle)
+
+    def reconcile(self) -> None:
+        """Ends the pulls of images whose record is gone: their deletion may have been missed."""
+        self._cancel(Conflict("the image was deleted"), lambda pull: self._is_gone(pull.image))
 
     def cancel(self, image_id: str, reason: ImgsvcError) -> None:
         """Ends the pull of the image, if there is one, and for its clients at once."""
@@ -108,19 +128,26 @@ class Pulls:
     def close(self) -> None:
         """Ends all pulls, and returns when they have."""
         self._closing.set()
-        with self._lock:
-            running = list(self._running.values())
-        for pull in running:
-            pull.cancel(Stopping("the service is stopping"))
+        self._no_copies.set()
+        self._cancel(Stopping("the service is stopping"), lambda _: True)
         self._threads.shutdown(cancel_futures=True)
         self._relaying.shutdown(cancel_futures=True)
         self._supply.close()
+
+    def _wait_for(self, pull: Pull, image: Image) -> None:
+        try:
+            while not pull.result(_LOOK):
+                self._require_open()
+        except Conflict:
+            # Another pull may have ended right before this one began.
+            if not self._is_here(self._records.get(image.id)):
+                raise
 
     def _join(self, image: Image) -> Pull:
         with self._lock:
             pull = self._running.get(image.id)
             if pull is None:
-                pull = self._running[image.id] = self._made(image, None)
+                pull = self._running[image.id] = self._made(image)
                 try:
                     self._threads.submit(self._run, pull)
                 except RuntimeError:
@@ -128,7 +155,7 @@ class Pulls:
                     del self._running[image.id]
             return pull
 
-    def _made(self, image: Image, throttle: Throttle | None) -> Pull:
+    def _made(self, image: Image, throttle: Throttle | None = None, *, background: bool = False) -> Pull:
         return Pull(
             image,
             self._images,
@@ -137,6 +164,7 @@ class Pulls:
             admit=self._admit,
             hashers=self._hashers,
             held=self._held,
+            background=background,
             throttle=throttle,
         )
 
@@ -166,8 +194,29 @@ class Pulls:
             self._images.delete(image.id)
             raise
 
+    def _is_here(self, image: Image) -> bool:
+        """On record, and with its bytes."""
+        try:
+            return self._supply.is_mine(image) and self._images.size(image.id) == image.size
+        except NotFound:
+            return False
+
+    def _is_gone(self, image: Image) -> bool:
+        try:
+            self._records.get(image.id)
+        except NotFound:
+            return True
+        return False
+
+    def _cancel(self, reason: ImgsvcError, which: Callable[[Pull], bool]) -> None:
+        with self._lock:
+            running = list(self._running.values())
+        for pull in running:
+            if which(pull):
+                pull.cancel(reason)
+
     def _require_open(self) -> None:
-        if self._closing.is_set():
+        if self._no_copies.is_set():
             raise Stopping("the service is stopping")
 
 

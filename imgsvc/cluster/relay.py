@@ -31,12 +31,21 @@ class Relay:
     """
 
     def __init__(
-        self, image: Image, supply: Supply, threads: Executor, *, offset: int = 0, before: Any | None = None
+        self,
+        image: Image,
+        supply: Supply,
+        threads: Executor,
+        ended: Callable[[Relay], None],
+        *,
+        offset: int = 0,
+        before: Any | None = None,
     ) -> None:
+        """`ended` is called with this when it is closed."""
         self.size = image.size
         self._image = image
         self._supply = supply
         self._threads = threads
+        self._ended = ended
         self._digest = hashlib.sha256() if before is None else before.copy()
         self._hashed = offset
         self._in_order = bool(image.sha256) and (not offset or before is not None)
@@ -46,6 +55,10 @@ class Relay:
         self._error: ImgsvcError | None = None
         self._closed = threading.Event()
 
+    def refuse(self, error: ImgsvcError) -> None:
+        """It gives no byte."""
+        self._error = error
+
     def arrived(self, offset: int) -> int:
         if self._error is not None:
             raise self._error
@@ -53,6 +66,9 @@ class Relay:
         return first + len(part) - offset if first <= offset < first + len(part) else 0
 
     def wait(self, offset: int, length: int, wake: Callable[[], None]) -> None:
+        if self._error is not None:
+            wake()
+            return
         try:
             self._threads.submit(self._fetch, offset, min(length, _PART, self.size - offset), wake)
         except RuntimeError:
@@ -73,6 +89,7 @@ class Relay:
     def close(self) -> None:
         self._closed.set()
         self._part = (0, b"")
+        self._ended(self)
 
     def _fetch(self, offset: int, length: int, wake: Callable[[], None]) -> None:
         try:

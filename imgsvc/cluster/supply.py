@@ -53,6 +53,10 @@ class Supply:
         """The other live members that hold the image."""
         return self.choice.holders(image)
 
+    def is_mine(self, image: Image) -> bool:
+        """Whether this member is on record as holding the image."""
+        return self.choice.is_mine(image)
+
     @contextmanager
     def rest(self, image: Image, member: LiveMember, first: int, look: Callable[[], None]) -> Iterator[Line]:
         """The connection on which all bytes of the image from `first` on are to be received. Raises PeerFailed, and

@@ -25,12 +25,13 @@ MIB = 1 << 20
 class Reading(threading.Thread):
     """A client that reads a range, or all, as soon as it comes: `body` so far, and the `error` that ended it."""
 
-    def __init__(self, reader: ImageReader, first: int = 0, end: int | None = None) -> None:
+    def __init__(self, reader: ImageReader, first: int = 0, end: int | None = None, *, close: bool = True) -> None:
         super().__init__(daemon=True)
         self.reader = reader
         self.body = b""
         self.error: Exception | None = None
         self._offset = first
+        self._close = close
         self._end = reader.size if end is None else end
         self.start()
 
@@ -44,7 +45,8 @@ class Reading(threading.Thread):
         except Exception as error:  # noqa: BLE001 - the test looks at it
             self.error = error
         finally:
-            self.reader.close()
+            if self._close:
+                self.reader.close()
 
     def whole(self) -> bytes:
         """All that it wanted."""

@@ -6,17 +6,19 @@ import dataclasses
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from imgsvc.cluster import pulls
 from imgsvc.cluster.course import HELD_BACK
 from imgsvc.errors import Conflict, Elsewhere, ImgsvcError, Stopping, Unavailable
 from imgsvc.metadata.mirror import LiveMember
 from imgsvc.throttle import Throttle
-from tests.cluster.members import MIB, Members, some
+from tests.cluster.members import MIB, Members, Reading, some
 from tests.flaky import FULL, LOST
-from tests.images.helpers import content
+from tests.images.helpers import content, put
 from tests.rooms import wait_until
 from tests.source import Resource
 
@@ -344,3 +346,78 @@ def test_an_image_without_a_digest(members: Members) -> None:
     check_not_kept(members, image.id)
     with pytest.raises(Unavailable):
         members.one.pulls.copy(image)
+
+
+def test_too_many_pass_through(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next is told to come back; when one has gone there is room again."""
+    monkeypatch.setattr(pulls, "_RELAYS", 2)
+    body = some(MIB)
+    image = members.image(body)
+    members.serve(image, Resource(body, keep=True))
+    members.one.faults.always("writer", fault=FULL)
+    readers = [members.one.pulls.open(image), members.one.pulls.open(image)]
+    slow = [Reading(reader, 0, 1, close=False) for reader in readers]
+    for reading in slow:
+        reading.whole()
+    with pytest.raises(Unavailable, match="too many"):
+        members.read(image).whole()
+    readers[0].close()
+    assert members.read(image).whole() == body
+    readers[1].close()
+
+
+def test_copy_of_what_is_here(members: Members) -> None:
+    """It is held, and nobody is asked."""
+    body = some(MIB)
+    image = members.image(body)
+    other = members.serve(image, body)
+    for _ in range(2):
+        members.one.pulls.copy(image)
+        members.hold(image, members.one.disk.member)
+    assert len(members.asked(image, other)) == 1
+
+
+def test_copies_stop(members: Members) -> None:
+    """At once, before the service stops; those for which clients wait go on."""
+    images = [members.image(some(MIB)), members.image(some(MIB))]
+    resources = [Resource(some(MIB), stall_after=100_000), Resource(some(MIB), stall_after=100_000)]
+    for image, resource in zip(images, resources, strict=True):
+        members.serve(image, resource, image.id)
+    reader = members.read(images[0])
+    with ThreadPoolExecutor(1) as pool:
+        copying = pool.submit(members.one.pulls.copy, images[1])
+        wait_until(lambda: len(reader.body) > 0 and bool(members.asked(images[1], images[1].id)))
+        members.one.pulls.stop_copies()
+        with pytest.raises(Stopping):
+            copying.result(5)
+    assert members.one.pulls.running == 1
+    with pytest.raises(Stopping):
+        members.one.pulls.copy(images[1])
+
+
+def test_a_deletion_that_was_missed(members: Members) -> None:
+    """What has no record is not brought here any longer than until somebody looks."""
+    image = members.image(some(MIB))
+    members.serve(image, Resource(some(MIB), stall_after=MIB // 2))
+    reader = members.read(image)
+    wait_until(lambda: bool(reader.body))
+    members.one.pulls.reconcile()
+    assert members.one.pulls.running == 1
+    members.one.base.delete(image.id)
+    members.one.pulls.reconcile()
+    with pytest.raises(Conflict):
+        reader.whole()
+    check_not_kept(members, image.id)
+
+
+def test_a_file_that_has_changed(members: Members) -> None:
+    """It is not served, though on record; others have the image."""
+    body = some(MIB)
+    image = members.image(body)
+    members.serve(image, Resource(body, keep=True))
+    put(members.one.disk, image.id, body[1:])
+    members.hold(image, members.one.disk.member)
+    _, reader, _ = members.one.service.open(image.id)
+    assert Reading(reader).whole() == body
+    with pytest.raises(Unavailable):
+        members.one.service.open(image.id, own=True)
