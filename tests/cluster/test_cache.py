@@ -234,6 +234,18 @@ def test_a_member_that_leaves_meanwhile(hosts: Hosts, new_cache: NewCache) -> No
     assert cache._drop_one(spare.id) == SIZE
 
 
+def test_room_that_comes_late(hosts: Hosts, new_cache: NewCache) -> None:
+    """Some file systems free the space of a file a while after it was removed: that is waited for, and nothing more is
+    dropped for it. Nor is anything when somebody else has made room."""
+    images = hold(hosts, "host-0", "host-1", count=4)
+    cache = new_cache(high_water=1.0, watch=False)
+    cache.make_room(lambda: 0)
+    late = time.monotonic() + 0.3
+    cache.make_room(lambda: SIZE // 2 if time.monotonic() < late else 0)
+    assert 0 <= time.monotonic() - late < 1
+    assert len(held(hosts, images)) == 3
+
+
 def test_many_that_need_room(hosts: Hosts, new_cache: NewCache) -> None:
     """All at once: it is made once for what they need, and not once for each."""
     images = hold(hosts, "host-0", "host-1", count=10)

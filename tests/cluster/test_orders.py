@@ -82,12 +82,15 @@ def test_a_full_one_is_asked_last(hosts: Hosts, orders: Orders) -> None:
     assert hosts[first].copied == [image.id]
 
 
-def test_too_few(hosts: Hosts, orders: Orders) -> None:
+def test_too_few(hosts: Hosts) -> None:
     """When nobody is left to be asked, that is said at once, with the number."""
     image, (first, second, third) = upload(hosts)
     hosts[first].failure = hosts[third].failure = Unavailable("it failed")
+    orders = Orders(hosts["host-0"].mirror, Line(hosts), "host-0", FITS, patience=20)
+    began = time.monotonic()
     with pytest.raises(Unavailable, match=f"the image {image.id} is complete here, and 2 of 3 members have it"):
         orders.wait_for(image, 3)
+    assert time.monotonic() - began < 10
     assert hosts.holders(image.id) == {"host-0", second}
 
 

@@ -16,7 +16,7 @@ from tests.images.helpers import content, put
 from tests.rooms import wait_until
 
 # For what must not happen.
-A_WHILE = 0.3
+A_WHILE = 0.2
 
 
 @pytest.fixture
@@ -86,9 +86,9 @@ def test_fewer_members_than_copies(hosts: Hosts) -> None:
 def test_a_dead_member(hosts: Hosts) -> None:
     """After the delay, and not before, what it held is copied again, once each, by all who are left."""
     images = held_by_two(hosts, "host-0", "host-1", 30)
-    hosts.start(delay=1.0)
+    hosts.start(delay=0.7)
     hosts.leave("host-1")
-    time.sleep(0.7)
+    time.sleep(0.5)
     assert tries(hosts) == 0
     wait_until(lambda: copies(hosts) >= 30)
     time.sleep(A_WHILE)
@@ -100,11 +100,11 @@ def test_a_dead_member(hosts: Hosts) -> None:
 def test_a_restart_within_the_delay(hosts: Hosts) -> None:
     """Nothing is copied: what it holds counted all the while."""
     held_by_two(hosts, "host-0", "host-1", 3)
-    hosts.start(delay=0.8)
+    hosts.start(delay=0.5)
     hosts.leave("host-1")
-    time.sleep(0.5)
+    time.sleep(0.2)
     hosts.join("host-1")
-    time.sleep(0.8)
+    time.sleep(0.5)
     assert tries(hosts) == 0
 
 
@@ -119,15 +119,15 @@ def test_no_live_holder(hosts: Hosts) -> None:
     wait_until(lambda: len(hosts.holders(image_id)) == 2)
 
 
-@pytest.mark.parametrize("failure", [Unavailable("it failed"), NoSpace("it is full"), ValueError("a mistake")])
+@pytest.mark.parametrize("failure", [NoSpace("it is full"), ValueError("a mistake")])
 def test_one_that_cannot(hosts: Hosts, failure: Exception) -> None:
     """The next in the image's order takes its turn after a while, and no other; the first does not try again at once,
     and goes on with other images."""
     image_id, (first, second, *others) = new_image()
     hosts[first].failure = failure
-    hosts.start(turn=0.5)
+    hosts.start(turn=0.4)
     hosts.upload("host-0", image_id=image_id)
-    time.sleep(0.3)
+    time.sleep(0.2)
     assert (copies(hosts), tries(hosts)) == (0, 1)
     wait_until(lambda: hosts.holders(image_id) == {"host-0", second})
     time.sleep(A_WHILE)
@@ -167,14 +167,14 @@ def test_a_full_member_is_passed_over(hosts: Hosts) -> None:
 def test_one_that_is_busy_is_waited_for(hosts: Hosts) -> None:
     """Who finishes copies one after the other is not helped, however long its queue is; nor when it is another one's
     turn that it has to take."""
-    busy = [image_id for image_id, others in (new_image() for _ in range(200)) if others[0] == "host-1"][:20]
+    busy = [image_id for image_id, others in (new_image() for _ in range(200)) if others[0] == "host-1"][:14]
     late = next(image_id for image_id, others in iter(new_image, None) if others[:2] == ["host-2", "host-1"])
     hosts["host-1"].pause = 0.2
     hosts["host-2"].failure = Unavailable("it failed")
     hosts.start(turn=0.6)
     for image_id in [*busy, late]:
         hosts.upload("host-0", image_id=image_id)
-    wait_until(lambda: copies(hosts) == 21)
+    wait_until(lambda: copies(hosts) == 15)
     assert set(hosts["host-1"].copied) == {*busy, late}
 
 
