@@ -41,7 +41,7 @@ _PAGE = 1_000
 _ATTEMPTS = 20
 _PING_SECONDS = 2.0
 # For a look at one image, before the mirror has to do.
-_LOOK_SECONDS = 0.8
+_LOOK_SECONDS = 0.6
 # For the mirror to be filled, right after a start.
 _FILL_SECONDS = 5.0
 

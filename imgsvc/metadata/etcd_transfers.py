@@ -11,7 +11,7 @@ from typing import Protocol
 
 from imgsvc.errors import Conflict, Invalid, NotFound, Unavailable
 from imgsvc.etcd import LeaseLost
-from imgsvc.etcd_layout import Layout, end_of
+from imgsvc.etcd_layout import CARRIER, Layout, end_of
 from imgsvc.etcd_messages import KeyValue, Operation, created_at, delete, exists, modified_at, put
 from imgsvc.metadata.etcd_images import Found, stored_document
 from imgsvc.metadata.etcd_keys import ImageKeys, Transacted
@@ -128,20 +128,26 @@ class OwnTransfers:
         raise Unavailable(f"image {image.id} is owned and let go all the time")
 
     def expect(self, image_id: str, until: float) -> None:
-        """As `MetadataStore.expect`."""
-        note = put(self._layout.carrier(image_id), self._carrier_note(until))
-        own, owner = self._own.get(image_id), self._layout.owner(image_id)
-        record = self._layout.record(image_id)
-        created = 0 if own is None else own.created
+        """As `MetadataStore.expect`; an earlier process of this member may have begun the transfer."""
+        key, owner = self._layout.carrier(image_id), self._layout.owner(image_id)
+        found = self._keys.read(image_id)
         for _ in range(_ATTEMPTS):
-            done = self._keys.transact(image_id, [exists(record), created_at(owner, created)], [note])
-            if done.found.record is None:
+            if found.record is None:
                 raise NotFound(f"there is no image {image_id}")
+            carrier = found.parts.get(CARRIER)
+            if carrier is None or found.carrier is None or not self.may_own(found):
+                break
+            done = self._keys.transact(
+                image_id,
+                [
+                    modified_at(key, carrier.modified),
+                    created_at(owner, 0 if found.owner is None else found.owner.created),
+                ],
+                [put(key, self._carrier_note(until))],
+            )
             if done.succeeded:
                 return
-            if own is None or not self.may_own(done.found):
-                break
-            created = 0 if done.found.owner is None else done.found.owner.created
+            found = done.found
         raise Conflict(f"this member is not transferring image {image_id}")
 
     def _replace(self, image: Image, document: str, created: int, owning: Sequence[Operation]) -> Transacted:

@@ -15,7 +15,7 @@ from functools import partial
 
 import structlog
 
-from imgsvc.errors import ImgsvcError
+from imgsvc.errors import ImgsvcError, Unavailable
 from imgsvc.etcd import Compacted, Etcd, Watch
 from imgsvc.etcd_layout import RECORD, Layout, end_of
 from imgsvc.etcd_messages import Change, Changes, KeyValue, Page
@@ -160,18 +160,19 @@ class Follower:
 
     def _scan(self, start: str, revision: int) -> Iterator[KeyValue]:
         for item in scan(self._etcd, start, revision=revision, timeout=_PAGE_SECONDS):
-            yield item
             if self._stop.is_set():
-                return
+                raise Unavailable("this member is stopping")
+            yield item
 
     def _follow(self, at: int) -> None:
         """One watch, to its end."""
         watch = self._etcd.watch(self._layout.members, end_of(self._layout.images), at + 1)
         with self._lock:
             self._watch, self._asked = watch, False
-        if self._stop.is_set():
-            watch.close()
+            over = self._at is None or self._stop.is_set()
         try:
+            if over:
+                return
             for changes in watch:
                 self._apply(changes)
                 if self._at is None:
