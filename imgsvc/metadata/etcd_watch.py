@@ -10,7 +10,7 @@ tell.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import structlog
@@ -134,6 +134,7 @@ class Follower:
 
     def _load(self) -> None:
         """Reads all of it, at one revision."""
+        newest = self._mirror.newest
         first = self._etcd.range(self._layout.records, timeout=_ANSWER_SECONDS)
         revision = first.revision
         with self._lock:
@@ -147,7 +148,7 @@ class Follower:
             for item in self._scan(self._layout.members, revision)
         ]
         another = self._identity is not None and self._identity != identity
-        self._mirror.replace(known, members, revision, anew=another or revision < self._found)
+        self._mirror.replace(known, members, revision, anew=another or revision < newest)
         with self._lock:
             self._at = self._told = self._found = revision
             self._identity = identity
@@ -182,18 +183,15 @@ class Follower:
 
     def _apply(self, news: Changes) -> None:
         self._asked = False
-        deleted: list[str] = []
-        images: dict[tuple[str, int], dict[str, KeyValue | None]] = {}
+        if news.changes and news.changes[0].revision <= (self._at or 0):
+            self._start_anew()  # for this etcd was asked for what comes after
+            return
+        deleted = self._apply_to_images(news.changes)
         for change in news.changes:
-            if change.key.startswith(self._layout.images):
-                image_id, name = self._layout.split(change.key)
-                images.setdefault((image_id, change.revision), {})[name] = change.item
-                if name == RECORD and change.item is None:
-                    deleted.append(image_id)
-            elif change.key.startswith(self._layout.members):
+            if change.key.startswith(self._layout.members):
                 self._apply_to_members(change)
-        for (image_id, revision), parts in images.items():
-            self._mirror.follow(image_id, partial(changed, image_id=image_id, parts=parts, complain=True), revision)
+            elif change.key == self._layout.records and change.item is not None:
+                self._learn_name(change.item.text)
         with self._lock:
             self._told = max(self._told, news.revision)
             if news.changes and self._at is not None:
@@ -203,12 +201,33 @@ class Follower:
             for listener in self._listeners:
                 listener.tell(image_id)
 
+    def _apply_to_images(self, changes: Sequence[Change]) -> list[str]:
+        """Returns the ids of those that were deleted. What one transaction did to an image is seen at once."""
+        images: dict[tuple[str, int], dict[str, KeyValue | None]] = {}
+        for change in changes:
+            if change.key.startswith(self._layout.images):
+                image_id, name = self._layout.split(change.key)
+                images.setdefault((image_id, change.revision), {})[name] = change.item
+        for (image_id, revision), parts in images.items():
+            self._mirror.follow(image_id, partial(changed, image_id=image_id, parts=parts, complain=True), revision)
+        return [image_id for (image_id, _), parts in images.items() if RECORD in parts and parts[RECORD] is None]
+
     def _apply_to_members(self, change: Change) -> None:
         member = change.key.removeprefix(self._layout.members)
         if change.item is None:
             self._mirror.leave(member)
         else:
             self._mirror.join(read_member(member, change.item))
+
+    def _learn_name(self, name: str) -> None:
+        with self._lock:
+            if self._identity is not None and not self._identity[1]:
+                self._identity = (self._identity[0], name)
+
+    def _start_anew(self) -> None:
+        log.warning("etcd is another one, or was restored; records are read again")
+        self._forget()
+        self._end_watch()
 
     def _end_watch(self) -> None:
         with self._lock:
@@ -219,7 +238,7 @@ class Follower:
     def _beat(self) -> None:
         while not self._stop.is_set():
             try:
-                before = self._at
+                before = self._mirror.newest
                 page = self._etcd.range(self._layout.records, timeout=_ANSWER_SECONDS)
                 self._answering.set()
                 self._judge(page, before)
@@ -231,14 +250,12 @@ class Follower:
             self._wake.wait(_BEAT_SECONDS)
             self._wake.clear()
 
-    def _judge(self, page: Page, before: int | None) -> None:
-        """What etcd's answer says of the mirror, and of the watch; `before` is where we were when it was asked."""
-        if before is None or self._at is None:
+    def _judge(self, page: Page, before: int) -> None:
+        """What etcd's answer says of the mirror, and of the watch; `before` is what was known when it was asked."""
+        if self._at is None:
             return
         if page.revision < before or self._is_another(page):
-            log.warning("etcd is another one, or was restored; records are read again")
-            self._forget()
-            self._end_watch()
+            self._start_anew()
             return
         reached = max(self._at, self._told)
         if reached >= page.revision or reached >= self._found:
@@ -264,10 +281,8 @@ class Follower:
     def _is_another(self, page: Page) -> bool:
         """One set up anew may have the same cluster's id, which is made of its command line."""
         cluster, name = _identity(page)
-        known_cluster, known_name = self._identity or (cluster, name)
-        if not known_name:
-            self._identity = (cluster, name)
-        return cluster != known_cluster or (known_name not in ("", name))
+        self._learn_name(name)
+        return self._identity not in (None, (cluster, name))
 
     def _lost(self) -> None:
         if not self._stop.is_set():

@@ -123,6 +123,7 @@ class Mirror:
         # The store's revision up to which it was followed, and those at which single images are known beyond it.
         self._revision = 0
         self._ahead: dict[str, int] = {}
+        self._newest = 0
         # The last ones, in the order of their deletion.
         self._deleted: dict[str, None] = {}
         # When each member that is not live was last, or was first missed, by `time.monotonic`.
@@ -199,6 +200,11 @@ class Mirror:
 
     # For writers.
 
+    @property
+    def newest(self) -> int:
+        """The store's latest revision that anything here is from."""
+        return self._newest
+
     def replace(
         self, known: Iterable[Known], members: Iterable[LiveMember], revision: int = 0, *, anew: bool = False
     ) -> None:
@@ -217,6 +223,7 @@ class Mirror:
                 self._note_deleted(image_id)
             self._note_missed(state.members)
             self._state, self._revision = state, revision
+            self._newest = revision if anew else max(self._newest, revision)
         self._tell("")
 
     def note(self, image_id: str, known: Known | None, revision: int) -> None:
@@ -225,6 +232,7 @@ class Mirror:
             if revision <= max(self._revision, self._ahead.get(image_id, 0)):
                 return
             self._ahead[image_id] = revision
+            self._newest = max(self._newest, revision)
             self._set(image_id, known)
         self._tell(image_id)
 
@@ -242,6 +250,7 @@ class Mirror:
         """All changes up to `revision` are here."""
         with self._lock:
             self._revision = revision
+            self._newest = max(self._newest, revision)
             if self._ahead:
                 self._ahead = {image_id: at for image_id, at in self._ahead.items() if at > revision}
 
