@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 
 from imgsvc import __version__
-from imgsvc.cluster.membership import Membership
+from imgsvc.cluster import membership
+from imgsvc.cluster.membership import LEASE_SECONDS, Membership
 from imgsvc.cluster.this_member import ThisMember
 from imgsvc.errors import Unavailable
 from imgsvc.etcd import Etcd
@@ -23,6 +26,7 @@ from imgsvc.etcd_layout import Layout
 from imgsvc.images.memory import MemoryImageStore
 from imgsvc.metadata.image import parse_time
 from tests.etcd_cluster import EtcdCluster
+from tests.harness import freeze
 from tests.metadata.etcd_store import OwnedEtcdStore, new_member, open_store
 from tests.metadata.test_store import entry, image
 
@@ -32,6 +36,8 @@ TTL = 2
 DYING_MEMBER = """
 import sys, time
 from imgsvc.metadata.image import Image, ImageType, new_id
+from tests.harness import freeze
+from tests.images.helpers import put as put_image
 from tests.metadata.etcd_store import open_store
 store = open_store(sys.argv[1].split(","), sys.argv[2], ttl=int(sys.argv[3]))
 held = store.update(store.create(Image(new_id(), ImageType.KVM)).completed(1, "ab"))
@@ -117,7 +123,7 @@ class TestDeath:
             etcd_cluster.stop(i)
         start = time.monotonic()
         store.close()
-        assert time.monotonic() - start < 4
+        assert time.monotonic() - start < 8
 
 
 class TestLoss:
@@ -155,7 +161,11 @@ class TestLoss:
         pending = store.create(image())
         for i in range(3):
             etcd_cluster.stop(i)
-        eventually(lambda: store.membership.lease_id is None, TTL + 1)
+        # The last renewal was asked for before this, and etcd counts from when it heard of it.
+        silent = time.monotonic()
+        store.membership.lease()
+        time.sleep(silent + TTL - time.monotonic())
+        assert store.membership.lease_id is None
         start = time.monotonic()
         with pytest.raises(Unavailable, match="lease"):
             store.create(image())
@@ -164,6 +174,102 @@ class TestLoss:
         eventually(lambda: store.membership.lease_id is not None)
         eventually(lambda: entry(observer, pending.id).owner == store.member.id)
         store.create(image())
+
+
+# Answers each line with the lease that it trusts in at that moment.
+FROZEN_MEMBER = """
+import sys
+from tests.harness import freeze
+from tests.images.helpers import put as put_image
+from tests.metadata.etcd_store import open_store
+store = open_store(sys.argv[1].split(","), sys.argv[2], ttl=int(sys.argv[3]))
+store.membership.lease()
+print(store.member.id, file=sys.stderr, flush=True)
+for line in sys.stdin:
+    print(store.membership.lease_id, file=sys.stderr, flush=True)
+"""
+
+
+@contextmanager
+def child(program: str, etcd_cluster: EtcdCluster, etcd_prefix: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Another process over the same etcd, which speaks on its standard error; killed in the end."""
+    arguments = [",".join(etcd_cluster.endpoints), etcd_prefix, str(TTL)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def trusted(process: subprocess.Popen[bytes]) -> str:
+    """The lease that a frozen or running member trusts in, as soon as it is asked and runs."""
+    assert process.stdin is not None
+    assert process.stderr is not None
+    process.stdin.write(b"?\n")
+    process.stdin.flush()
+    if process.poll() is None:
+        process.send_signal(signal.SIGCONT)
+    return process.stderr.readline().decode().strip()
+
+
+class TestPauses:
+    def test_a_frozen_process(self, etcd_cluster: EtcdCluster, etcd_prefix: str, observer: OwnedEtcdStore) -> None:
+        """Whoever was stopped for longer than its lease does not trust in it for a moment when it goes on, and has a new
+        one soon."""
+        with child(FROZEN_MEMBER, etcd_cluster, etcd_prefix) as process:
+            assert process.stderr is not None
+            member = process.stderr.readline().decode().strip()
+            first = trusted(process)
+            assert first.isdecimal()
+            freeze(process)
+            eventually(lambda: members(observer) == {})
+            assert trusted(process) != first
+            eventually(lambda: trusted(process).isdecimal())
+            assert set(members(observer)) == {member}
+
+    def test_a_machine_that_slept(self, observer: OwnedEtcdStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        """By a clock that counts that time: nothing is trusted right after it, and nobody waits for the next renewal."""
+        first = observer.membership.lease()
+        assert abs(membership._now() - time.clock_gettime(time.CLOCK_BOOTTIME)) < 1
+        now = membership._now
+        monkeypatch.setattr(membership, "_now", lambda: now() + 3600)
+        assert observer.membership.lease_id is None
+        start = time.monotonic()
+        assert observer.membership.lease() == first
+        assert time.monotonic() - start < 1.5
+
+    @pytest.mark.release
+    def test_the_leader_is_frozen(self, etcd_cluster: EtcdCluster, observer: OwnedEtcdStore) -> None:
+        """One of three that answers nothing, even the leader, costs no lease of the usual length."""
+        first = observer.membership.lease()
+        etcd_cluster.stop(etcd_cluster.leader())
+        end = time.monotonic() + 2 * LEASE_SECONDS
+        while time.monotonic() < end:
+            assert observer.membership.lease_id == first
+            time.sleep(0.05)
+
+    def test_a_disk_that_hangs(self, etcd: EtcdCluster, etcd_prefix: str) -> None:
+        """It keeps nobody from having a lease, nor from renewing it; what it says follows when it can."""
+        gate = threading.Event()
+        member, images = new_member(), MemoryImageStore()
+        this = ThisMember(member, images)
+        with pytest.MonkeyPatch.context() as patched, closing(Etcd(etcd.endpoints)) as connection:
+            patched.setattr(images, "count", lambda: gate.wait(20) and 7)
+            with closing(Membership(connection, etcd_prefix, this, seat="here", ttl=TTL)) as held:
+                first = held.lease()
+                time.sleep(1.5 * TTL)
+                assert held.lease_id == first
+                key = Layout(etcd_prefix).member(member.id)
+                assert json.loads(connection.range(key).items[0].value)["free"] is None
+                gate.set()
+                eventually(lambda: json.loads(connection.range(key).items[0].value)["images"] == 7)
 
 
 class TestLife:
