@@ -55,7 +55,7 @@ class Pull:
     ) -> None:
         """`admit` raises NoSpace when the image will not fit beside what else is on its way. `held` notes that the committed image
         is here, or raises why it is not to be. One in the `background` began without a client; the throttle holds for
-        as long as it has none."""
+        as long as it has none, and nobody is in a hurry."""
         self.image = image
         self.course = Course(image.size)
         self._images = images
@@ -84,6 +84,10 @@ class Pull:
     def is_idle(self) -> bool:
         """Whether no client has asked for it."""
         return self._background and not self.course.followed
+
+    def hurry(self) -> None:
+        """Somebody waits for the copy: it goes as fast as it can from now on."""
+        self._throttle = None
 
     def cancel(self, reason: ImgsvcError) -> None:
         """Ends it soon, and for those who follow at once; does nothing when the image is whole."""
@@ -225,10 +229,11 @@ class Pull:
         self._pace(len(block))
 
     def _pace(self, size: int) -> None:
-        if self._throttle is None or self.course.followed:
+        throttle = self._throttle
+        if throttle is None or self.course.followed:
             return
-        until = time.monotonic() + self._throttle.take(size)
-        while (rest := until - time.monotonic()) > 0 and not self.course.followed:
+        until = time.monotonic() + throttle.take(size)
+        while (rest := until - time.monotonic()) > 0 and not self.course.followed and self._throttle is throttle:
             self.course.look()
             time.sleep(min(rest, TICK))
 

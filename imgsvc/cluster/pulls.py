@@ -89,7 +89,8 @@ class Pulls:
 
     def copy(self, image: Image, throttle: Throttle | None = None) -> None:
         """Returns when this member holds the complete image, and its record says so. Raises Unavailable when it cannot
-        be had now, NoSpace, NotFound or Conflict when it is not wanted any more, Stopping."""
+        be had now, NoSpace, NotFound or Conflict when it is not wanted any more, Stopping. Without a throttle,
+        a copy that is already being made with one goes as fast as it can from then on."""
         if not image.sha256:
             raise Unavailable("the image has no digest yet, by which a copy could be judged")
         if self._is_here(image):
@@ -105,6 +106,8 @@ class Pulls:
                     pull = self._running[image.id] = self._made(image, throttle, background=True)
             if mine:
                 self._run(pull)
+            elif throttle is None:
+                pull.hurry()
             self._wait_for(pull, image)
         finally:
             self._background.release()

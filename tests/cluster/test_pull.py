@@ -318,6 +318,21 @@ def test_copy(members: Members) -> None:
     check_kept(members, images[1].id, body)
 
 
+def test_a_copy_that_somebody_waits_for(members: Members) -> None:
+    """One that goes on slowly in the background becomes as fast as it can be."""
+    body = some(4 * MIB)
+    image = members.image(body)
+    members.serve(image, body)
+    copying = threading.Thread(target=members.one.pulls.copy, args=(image, Throttle(100_000)))
+    copying.start()
+    wait_until(lambda: bool(members.one.pulls.running))
+    began = time.monotonic()
+    members.one.pulls.copy(image)
+    assert time.monotonic() - began < 5
+    copying.join()
+    check_kept(members, image.id, body)
+
+
 def test_copy_of_nothing(members: Members) -> None:
     """An image without a byte needs none."""
     image = members.image(b"")
