@@ -44,11 +44,11 @@ def member(stage: Stage, prefix: str, name: str, **settings: object) -> Service:
 
 
 def fill(stage: Stage, prefix: str, members: Sequence[Service], count: int) -> None:
-    """So many complete images, spread evenly over the members, which have not run yet: records, claims and notes in
-    etcd, and the few bytes of each on the disk."""
+    """So many complete images, spread evenly over the members, which do not run: records, claims and notes in etcd, and
+    the few bytes of each on the disk."""
     homes: list[Mapping[str, str]] = []
     for each in members:
-        each.images_dir.mkdir(parents=True)
+        each.images_dir.mkdir(parents=True, exist_ok=True)
         homes.append({"member": each.data_dir.name, "site": f"{socket.gethostname()}:{each.images_dir}"})
     layout, digest = Layout(prefix), hashlib.sha256(_BYTES).hexdigest()
 

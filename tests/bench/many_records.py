@@ -41,6 +41,9 @@ class Records(Row):
         self._count = stage.sizes.records
         self._writer, self._seer, other = (member(stage, _PREFIX, f"records-{name}") for name in "abc")
         self._seer.command[1:3] = ["-m", "tests.bench.telling_member"]
+        for each in (self._writer, self._seer):  # so that their directories have markers, as after every other start
+            with each:
+                pass
         fill(stage, _PREFIX, (self._writer, self._seer, other), self._count)
         stand_in(stage, _PREFIX, other)
         self._database = database_bytes(stage)
@@ -105,6 +108,7 @@ class Records(Row):
 
 def _started(service: Service, running: ExitStack) -> float:
     """Seconds until it says that it is ready: to be asked again and again would delay it."""
+    service.forget_log()
     began = time.monotonic()
     service.start(wait=False)
     running.callback(service.close)
