@@ -52,6 +52,7 @@ class Records(Row):
         figures: Figures = {"records, etcd's database": self._database / MIB}
         with ExitStack() as running:
             figures["records, start"] = _started(self._writer, running)
+            figures["records, CPU of the start"] = cpu_seconds(self._writer.pid)
             figures["records, memory at start"] = self._writer.memory() / MIB
             figures |= self._lists()
             figures["records, GET a second"] = rate_of(f"{self._writer.url}/images/{self._some_id}")
