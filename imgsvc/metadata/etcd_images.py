@@ -64,10 +64,7 @@ class Found:
         """Raises ValueError when there is no record, or it is no image's, or another image's."""
         if self.record is None:
             raise ValueError("it is not there")
-        image = Image.from_json(self.record.value, self.record.modified)
-        if image.id != self.id:
-            raise ValueError(f"it is of image {image.id}")
-        return dataclasses.replace(image, replicas=self.replicas)
+        return dataclasses.replace(_image(self.id, self.record), replicas=self.replicas)
 
 
 def grouped(layout: Layout, items: Iterable[KeyValue], revision: int = 0) -> Iterator[Found]:
@@ -88,7 +85,7 @@ def changed(
         if name == RECORD:
             document, revision = "", 0
             if item is not None and (image := parsed(image_id, item, complain=complain)) is not None:
-                document, revision = stored_document(image), item.modified
+                document, revision = image.to_json(), item.modified
                 status, image_type, size = image.status, image.type, image.size
         elif name == OWNER:
             owner = None if item is None else item.text
@@ -105,13 +102,21 @@ def changed(
 
 
 def parsed(image_id: str, item: KeyValue, *, complain: bool = True) -> Image | None:
-    """The image of a record, or None when it is none."""
+    """The image of a record, as it is stored, or None when it is none."""
     try:
-        return Found(image_id, {RECORD: item}, 0).image()
+        return _image(image_id, item)
     except ValueError as error:
         if complain:
             _log.warning("no image document", key=item.key, reason=str(error))
         return None
+
+
+def _image(image_id: str, record: KeyValue) -> Image:
+    """Raises ValueError when it is no image's, or another image's."""
+    image = Image.from_json(record.value, record.modified)
+    if image.id != image_id:
+        raise ValueError(f"it is of image {image.id}")
+    return image
 
 
 def stored_document(image: Image) -> str:
