@@ -1,15 +1,17 @@
-"""A member gets another id: what is on record as held by the one that it had, is held by the new one."""
+"""A member gets another id: what is on record as held or carried by the one that it had, is the new one's."""
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import structlog
 
 from imgsvc.errors import ConfigError, Unavailable
 from imgsvc.etcd import Etcd
-from imgsvc.etcd_layout import REPLICAS, Layout
-from imgsvc.etcd_messages import delete, has_value, modified_at, put
+from imgsvc.etcd_layout import CARRIER, REPLICAS, Layout
+from imgsvc.etcd_messages import KeyValue, delete, has_value, modified_at, put
 from imgsvc.etcd_scan import scan
 from imgsvc.images.store import ImageStore
 
@@ -48,7 +50,8 @@ class Renaming:
         move = not self._images.fresh and (former or self._id in homes)
         notes = self._notes(former) if move else []
         self._etcd.transact([], [put(start + self._id, home)])
-        self._move(notes)
+        with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="renaming") as threads:
+            list(threads.map(lambda key: self._move(key, former), notes))
         if self._images.member != self._id:
             self._images.rename(self._id)
         if notes:
@@ -56,16 +59,16 @@ class Renaming:
         for member in former & homes.keys():
             self._etcd.transact([has_value(start + member, home)], [delete(start + member)])
 
-    def _notes(self, former: set[str]) -> list[tuple[str, str]]:
-        """What is on record under former ids: image and member. Raises ConfigError when the new one is another's."""
+    def _notes(self, former: set[str]) -> list[str]:
+        """The keys of what may be on record under former ids. Raises ConfigError when the new one is another's."""
         for member in former:
             self._require_dead(member)
-        notes, held = [], set[str]()
+        notes, held = list[str](), set[str]()
         for item in scan(self._etcd, self._layout.images, keys_only=True, may_tear=True):
             image_id, rest = self._layout.split(item.key)
             kind, _, member = rest.partition("/")
-            if kind == REPLICAS and member in former:
-                notes.append((image_id, member))
+            if rest == CARRIER or (kind == REPLICAS and member in former):
+                notes.append(item.key)
             elif kind == REPLICAS and member == self._id:
                 held.add(image_id)
         if elsewhere := held.difference(self._images.ids()):
@@ -84,15 +87,22 @@ class Renaming:
                 " other, the copy must not have the marker .imgsvc"
             )
 
-    def _move(self, notes: list[tuple[str, str]]) -> None:
-        with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="renaming") as threads:
-            list(threads.map(self._move_note, *zip(*notes, strict=True)) if notes else ())
-
-    def _move_note(self, image_id: str, member: str) -> None:
-        key = self._layout.replica(image_id, member)
+    def _move(self, key: str, former: set[str]) -> None:
+        """One that is gone or new by now was deleted with its image, or is another member's: then nothing is to move."""
+        image_id, rest = self._layout.split(key)
         for note in self._etcd.range(key).items:
-            # One that is gone or new by now was deleted with its image, or dropped: then there is nothing to move.
-            self._etcd.transact(
-                [modified_at(key, note.modified)],
-                [put(self._layout.replica(image_id, self._id), note.text), delete(key)],
-            )
+            if rest != CARRIER:
+                moved = [put(self._layout.replica(image_id, self._id), note.text), delete(key)]
+            elif (carrier := _read(note)).get("member") in former:
+                moved = [put(key, json.dumps({**carrier, "member": self._id}))]
+            else:
+                return
+            self._etcd.transact([modified_at(key, note.modified)], moved)
+
+
+def _read(note: KeyValue) -> dict[str, Any]:
+    try:
+        found = json.loads(note.value)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

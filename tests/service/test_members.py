@@ -13,6 +13,7 @@ from tests.client import Answer
 from tests.etcd_cluster import EtcdCluster
 from tests.harness import Service, wait_for
 from tests.service.conftest import StartService, on_etcd
+from tests.tus import Tus, id_of
 
 
 @pytest.fixture
@@ -147,6 +148,20 @@ class TestNames:
         host.terminate()
         host.start()
         assert host.image(images[0])["replicas"] == ["b"]
+
+    def test_one_is_given_in_the_middle_of_an_upload(self, new_host: StartService) -> None:
+        """Whoever can go on with it does."""
+        tus = Tus(new_host(cluster_lease_ttl=TTL))
+        path = tus.create(10)
+        tus.bring(path, 0, b"01234")
+        tus.service.kill()
+        tus.service.settings["cluster_member_id"] = "a"
+        tus.service.start()
+        assert tus.offset(path) == 5
+        tus.bring(path, 5, b"56789")
+        image_id = id_of(path)
+        assert tus.service.image(image_id)["replicas"] == ["a"]
+        assert tus.service.download(image_id).body == b"0123456789"
 
     def test_that_of_a_live_member(self, new_host: StartService, start_service: StartService) -> None:
         """The second waits, says for whom, does nothing, and goes on by itself when that one has left."""
