@@ -133,6 +133,7 @@ class Replicator:
                 if self._is_trusted():
                     self._take_news()
                 else:
+                    self._members = {}
                     self._closing.wait(_LOOK_INTERVAL)
             except Exception:  # without this thread no image would get a copy any more
                 log.exception("replicas not looked after")
@@ -151,6 +152,7 @@ class Replicator:
             self._pass_due = min(self._pass_due, time.monotonic() + presence.changes_in)
             if presence.live.keys() != self._members.keys():
                 self._members, self._pass_due = presence.live, 0.0
+                self._shortages.forgive()
             due = self._next_pass()
         if time.monotonic() >= due:
             self._look_at_all()
@@ -242,16 +244,17 @@ class Replicator:
             self._look_up(image_id, presence)
 
     def _copy(self, image: Image) -> None:
-        began = time.monotonic()
+        reason = ""
         try:
             self._copier.copy(image, self._throttle)
         except ImgsvcError as error:
-            log.warning("image not copied", image=image.id, reason=str(error))
-        else:
-            log.debug("image copied", image=image.id, bytes=image.size, seconds=round(time.monotonic() - began, 3))
+            reason = str(error)
         finally:
             with self._lock:
-                self._shortages.tried(image.id)
+                failures = self._shortages.tried(image.id)
+        if reason:
+            # Once is enough for a person.
+            (log.warning if failures == 1 else log.debug)("image not copied", image=image.id, reason=reason)
 
     def _is_trusted(self) -> bool:
         return self._mirror.stale is None and self._may_work()

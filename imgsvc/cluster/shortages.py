@@ -17,8 +17,8 @@ _MOST = 100_000
 # Seconds after which one that makes copies, and never this one, is not waited for.
 _LONGEST = 3_600.0
 # Seconds before a copy that failed is tried again, twice as long each time.
-_FIRST_RETRY = 5.0
-_LAST_RETRY = 600.0
+_FIRST_RETRY = 1.0
+_LAST_RETRY = 60.0
 
 
 @dataclass(slots=True)
@@ -87,12 +87,20 @@ class Shortages:
     def forget(self, image_id: str) -> None:
         self._known.pop(image_id, None)
 
-    def tried(self, image_id: str) -> None:
-        """This member has tried to make a copy. Where the image still lacks it, it failed, and is tried again later."""
+    def tried(self, image_id: str) -> int:
+        """This member has tried to make a copy. Where the image still lacks it, it failed, and is tried again later;
+        returns how often in a row."""
         shortage = self._known.get(image_id)
-        if shortage is not None:
-            shortage.not_before = time.monotonic() + min(math.ldexp(_FIRST_RETRY, shortage.failures), _LAST_RETRY)
-            shortage.failures = min(shortage.failures + 1, 10)
+        if shortage is None:
+            return 0
+        shortage.not_before = time.monotonic() + min(math.ldexp(_FIRST_RETRY, shortage.failures), _LAST_RETRY)
+        shortage.failures = min(shortage.failures + 1, 10)
+        return shortage.failures
+
+    def forgive(self) -> None:
+        """What failed may be tried again at once: much may have changed."""
+        for shortage in self._known.values():
+            shortage.failures, shortage.not_before = 0, 0.0
 
     def begin_round(self) -> None:
         """All images that lack copies are about to be looked at."""

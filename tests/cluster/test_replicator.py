@@ -131,11 +131,26 @@ def test_one_that_cannot(hosts: Hosts, failure: Exception) -> None:
     assert (copies(hosts), tries(hosts)) == (0, 1)
     wait_until(lambda: hosts.holders(image_id) == {"host-0", second})
     time.sleep(A_WHILE)
-    assert tries(hosts) == 2
+    assert hosts[first].tried[image_id] <= 2
+    assert [hosts[other].tried[image_id] for other in (second, *others)] == [1, 0, 0]
     hosts[first].failure = None
     images = [hosts.upload(others[0]) for _ in range(20)]
     wait_until(lambda: all(len(hosts.holders(each)) == 2 for each in images), 10)
     assert hosts[first].copied
+
+
+def test_one_that_can_again(hosts: Hosts) -> None:
+    """What failed is tried again, less and less often; and at once when somebody comes or goes."""
+    image_id, (first, *_) = new_image()
+    hosts[first].failure = Unavailable("it failed")
+    hosts.start()
+    hosts.upload("host-0", image_id=image_id)
+    wait_until(lambda: hosts[first].tried[image_id] == 3)
+    hosts[first].failure = None
+    began = time.monotonic()
+    hosts.leave(next(member for member in ("host-1", "host-2") if member != first))
+    wait_until(lambda: len(hosts.holders(image_id)) == 2)
+    assert time.monotonic() - began < 2
 
 
 def test_all_but_the_last_cannot(hosts: Hosts) -> None:
