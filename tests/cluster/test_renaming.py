@@ -195,3 +195,18 @@ def test_the_old_name_is_live(directories: Directories) -> None:
     directories.etcd.revoke(lease)
     directories.settle(one, "b")
     assert directories.holders() == {image_id: {"b"}}
+
+
+def test_what_it_carries(directories: Directories) -> None:
+    """Others are told of it by the name that it has now; what others carry, or nobody understands, stays."""
+    directories.start("one", "a")
+    notes = {
+        new_id(): '{"member": "a", "url": "http://a.example", "until": 5.0}',
+        new_id(): '{"member": "c", "url": "http://c.example", "until": 6.0}',
+        new_id(): "[",
+    }
+    for image_id, note in notes.items():
+        directories.etcd.transact([], [put_key(directories.layout.carrier(image_id), note)])
+    directories.start("one", "b")
+    found = [directories.etcd.range(directories.layout.carrier(image_id)).items[0].text for image_id in notes]
+    assert found == [note.replace('"a"', '"b"') for note in notes.values()]
