@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import structlog
 
@@ -19,18 +19,22 @@ from imgsvc.metadata.store import MetadataStore
 from imgsvc.transfers import Transfers
 from imgsvc.uploads import Uploads
 
-# All in lease times, from when the owner was seen to be gone. A member that was stopped to be started again, or that
-# gets a new lease after a moment without etcd, has the first half of one to go on with what it had.
+# All in lease times, from when the owner was seen to be gone. A member that was stopped to be started again has the
+# first half of one to go on with what it had. One that is live has longer: after all of etcd was frozen, all leases are
+# gone at once, and each member is about to own its transfers again on a new one.
 _FIRST = 0.5
+_FIRST_OF_LIVE = 1.5
 # Between one member's turn and the next one's, and how many have turns of their own. All others come after them, when
 # all of those are in no state to do anything, at random within so long.
 _TURN = 0.125
 _TURNS = 6
 _REST = 0.25
-# A fetch that no member has room for is ended then; all have had their turn.
-_GIVEN_UP = 2.0
+# From the first one's turn; a fetch that no member has room for is ended then.
+_GIVEN_UP = 1.25
 _INTERVAL = 1 / 16
 _LONGEST_INTERVAL = 1.0
+
+_now = time.monotonic
 
 log = structlog.get_logger()
 
@@ -64,7 +68,8 @@ class Takeover:
         self._uploads = uploads
         self._may_work = may_work
         self._ttl = lease_ttl
-        # Images without an owner: since when, and when it is this member's turn, by `time.monotonic`.
+        # Images without an owner: since when, by `time.monotonic`, and how much later than the first this member has its
+        # turn.
         self._orphans: dict[str, tuple[float, float]] = {}
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="takeover", daemon=True)
@@ -94,12 +99,15 @@ class Takeover:
         self._let_go()
         orphans = [known for known in self._mirror.in_transfer() if self._is_orphan(known)]
         self._forget_all_but({known.id for known in orphans})
+        members = self._mirror.members()
         for known in orphans:
-            since, due = self._orphans.get(known.id) or self._found(known.id)
+            since, turn = self._orphans.get(known.id) or self._found(known.id, members)
+            live = known.carrier is not None and known.carrier.member in members
+            waited = (_now() - since) / self._ttl - (_FIRST_OF_LIVE if live else _FIRST)
             if self._closing.is_set():
                 return
-            if time.monotonic() >= due:
-                self._take(known, last=time.monotonic() >= since + _GIVEN_UP * self._ttl)
+            if waited >= turn:
+                self._take(known, last=waited >= _GIVEN_UP)
 
     def _is_orphan(self, known: Known) -> bool:
         if known.owner is not None or self._is_known_here(known.id):
@@ -117,13 +125,12 @@ class Takeover:
         for image_id in self._orphans.keys() - orphans:
             del self._orphans[image_id]
 
-    def _found(self, image_id: str) -> tuple[float, float]:
-        turn = place(image_id, self._member, self._mirror.members(), _TURNS)
-        wait = _FIRST + turn * _TURN
-        if turn == _TURNS:
-            wait += random.uniform(0, _REST)  # noqa: S311 - no secret
-        now = time.monotonic()
-        self._orphans[image_id] = now, now + wait * self._ttl
+    def _found(self, image_id: str, members: Iterable[str]) -> tuple[float, float]:
+        before = place(image_id, self._member, members, _TURNS)
+        turn = before * _TURN
+        if before == _TURNS:
+            turn += random.uniform(0, _REST)  # noqa: S311 - no secret
+        self._orphans[image_id] = _now(), turn
         return self._orphans[image_id]
 
     def _take(self, known: Known, *, last: bool) -> None:
@@ -137,7 +144,7 @@ class Takeover:
             # Somebody was faster, and it will be seen here who. If not, this member has its turn again.
             self._orphans.pop(image.id, None)
         except (Unavailable, NoSpace) as error:
-            log.info("transfer not taken over yet", image=image.id, reason=str(error))
+            log.debug("transfer not taken over yet", image=image.id, reason=str(error))
 
     def _take_fetch(self, image: Image, known: Known, *, last: bool) -> None:
         try:

@@ -9,9 +9,11 @@ from contextlib import ExitStack, closing
 
 import pytest
 
+from imgsvc.cluster import takeover
 from imgsvc.cluster.rendezvous import ranked
 from imgsvc.cluster.takeover import Takeover
 from imgsvc.errors import Conflict
+from imgsvc.etcd_layout import Layout
 from imgsvc.images.memory import MemoryImageStore
 from imgsvc.metadata.image import Image, ImageType, Status
 from imgsvc.transfer import Transfer
@@ -20,14 +22,25 @@ from tests.flaky import FULL, LOST, UNKNOWN, Fault
 from tests.metadata.etcd_store import OwnedEtcdStore, new_member, open_store
 from tests.rooms import Rooms, report_now, wait_until
 
-# What stands for a lease's seconds: turns are told from each other, and none is long.
-TTL = 0.4
+TTL = 10.0
+
+
+class Clock:
+    """One for all members, which stands still."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 class Host:
-    """A member; `look` is what its thread does again and again."""
+    """A member, whose thread of the takeover does not run: the test has it look, at moments that it names."""
 
-    def __init__(self, records: OwnedEtcdStore) -> None:
+    def __init__(self, records: OwnedEtcdStore, prefix: str, clock: Clock) -> None:
+        self.prefix = prefix
+        self.clock = clock
         images = MemoryImageStore()
         images.mark(records.identity)
         self.records = records
@@ -54,24 +67,25 @@ class Host:
         """As its lease runs out; its process goes on, as if it had been frozen."""
         self.records.membership.close()
 
-    def look_for(self, seconds: float) -> None:
-        latest = time.monotonic() + seconds
-        while time.monotonic() < latest:
-            self.takeover.look()
-            time.sleep(0.02)
+    def look(self, after: float = 0.0) -> None:
+        """So many lease times after the last look of anybody."""
+        self.clock.now += after * TTL
+        self.takeover.look()
 
     def sees(self, condition: Callable[[OwnedEtcdStore], bool]) -> None:
         wait_until(lambda: condition(self.records))
 
 
 @pytest.fixture
-def hosts(etcd: EtcdCluster, etcd_prefix: str) -> Iterator[list[Host]]:
+def hosts(etcd: EtcdCluster, etcd_prefix: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Host]]:
+    clock = Clock()
+    monkeypatch.setattr(takeover, "_now", clock)
     with ExitStack() as opened:
         stores = [
             opened.enter_context(closing(open_store(etcd.endpoints, etcd_prefix, new_member(name))))
             for name in ("one", "two", "three")
         ]
-        hosts = [Host(store) for store in stores]
+        hosts = [Host(store, etcd_prefix, clock) for store in stores]
         for host in hosts:
             host.sees(lambda records: len(records.mirror.members()) == len(stores))
         yield hosts
@@ -90,17 +104,19 @@ def stored(host: Host, image: Image) -> Image:
 
 
 def test_each_fetch_is_taken_over_by_one(hosts: list[Host]) -> None:
-    """Each by another part of those that are left, though all look at once."""
+    """Each by the one that is the first of those that are left, and only by that."""
     lost, *others = hosts
     images = lost.post(12)
     lose(lost, *others)
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda host: host.look_for(TTL), others))
+    for after in (0.0, 0.6):
+        others[0].clock.now += after * TTL
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(Host.look, others))
     taken = [host.rooms.claims() for host in others]
-    assert set().union(*taken) == {image.id for image in images}
-    assert all(taken)
-    assert not taken[0] & taken[1]
-    assert [set(host.rooms.take_turns()) for host in others] == taken
+    for host, mine in zip(others, taken, strict=True):
+        assert mine
+        assert mine == {image.id for image in images if ranked(image.id, [each.id for each in others])[0] == host.id}
+        assert set(host.rooms.take_turns()) == mine
 
 
 def test_the_next_one_has_its_turn(hosts: list[Host]) -> None:
@@ -109,10 +125,24 @@ def test_the_next_one_has_its_turn(hosts: list[Host]) -> None:
     (image,) = lost.post()
     lose(lost, *others)
     last = max(others, key=lambda host: ranked(image.id, [each.id for each in others]).index(host.id))
-    last.look_for(0.5 * TTL)
+    last.look()
+    last.look(after=0.62)
     assert last.rooms.claims() == set()
-    last.look_for(0.5 * TTL)
+    last.look(after=0.01)
     assert last.rooms.claims() == {image.id}
+
+
+def test_a_live_member_without_its_keys(hosts: list[Host]) -> None:
+    """It may be about to own its transfers again, as all are after etcd was frozen, and has longer for that."""
+    host, other, _ = hosts
+    (image,) = host.post()
+    host.records.etcd.delete(Layout(host.prefix).owner(image.id))
+    other.sees(lambda records: records.mirror.get(image.id).owner is None)
+    other.look()
+    other.look(after=1.49)
+    assert other.rooms.claims() == set()
+    other.look(after=0.3)
+    assert other.rooms.claims() == {image.id}
 
 
 @pytest.mark.parametrize("blind", [True, False])
@@ -121,18 +151,19 @@ def test_who_cannot_know_does_nothing(hosts: list[Host], *, blind: bool) -> None
     lost, other, _ = hosts
     (image,) = lost.post()
     lose(lost, other)
-    other.look_for(0.1 * TTL)
+    other.look()
+    other.look(after=0.1)
     if blind:
         other.records.close()
         other.records.mirror.lost()
     other.may_work = blind
-    other.look_for(2 * TTL)
+    other.look(after=2)
     assert other.rooms.claims() == set()
     other.may_work = True
     other.records.mirror.heard()
-    other.takeover.look()
+    other.look()
     assert other.rooms.claims() == set()
-    other.look_for(TTL)
+    other.look(after=0.7)
     assert other.rooms.claims() == {image.id}
 
 
@@ -142,7 +173,9 @@ def test_a_fetch_that_another_is_quicker_with(hosts: list[Host]) -> None:
     (image,) = lost.post()
     lose(lost, one, other)
     one.rooms.faults.at("update", 1, lambda: other.rooms.fetcher.take(stored(other, image)))
-    one.look_for(2 * TTL)
+    one.look()
+    one.look(after=0.7)
+    one.look(after=0.1)
     assert one.rooms.faults.calls.count("update") == 1
     assert one.rooms.claims() == set()
     assert one.rooms.take_turns() == []
@@ -156,9 +189,11 @@ def test_etcd_fails_at_that_moment(hosts: list[Host], fault: Fault) -> None:
     (image,) = lost.post()
     lose(lost, other)
     other.rooms.faults.next("update", fault)
-    other.look_for(2 * TTL)
+    other.look()
+    other.look(after=0.7)
+    other.look(after=0.1)
     other.rooms.settlements.retry()
-    other.look_for(TTL)
+    other.look(after=1)
     assert other.rooms.take_turns() == [image.id]
     assert other.rooms.claims() == {image.id}
     assert not other.records.owner(image.id)
@@ -171,10 +206,12 @@ def test_a_member_without_room(hosts: list[Host], call: str) -> None:
     one.rooms.faults.always(call, fault=FULL if call == "claim" else Fault(FULL.error))
     images = lost.post(2)
     lose(lost, one, other)
-    one.look_for(1.9 * TTL)
+    one.look()
+    for after in (0.7, 0.5, 0.5):
+        one.look(after)
     assert {stored(one, image).status for image in images} == {Status.PENDING}
     other.rooms.fetcher.take(stored(other, images[0]))
-    one.look_for(0.5 * TTL)
+    one.look(after=0.1)
     assert stored(one, images[0]).status is Status.PENDING
     failed = stored(one, images[1])
     assert failed.status is Status.ERROR
@@ -189,7 +226,8 @@ def test_an_upload(hosts: list[Host]) -> None:
     transfer = lost.rooms.upload(10)
     transfer.feed(b"bytes")
     lose(lost, other)
-    other.look_for(2 * TTL)
+    other.look()
+    other.look(after=0.7)
     failed = stored(other, transfer.image)
     assert (failed.status, failed.size) == (Status.ERROR, 0)
     assert f"{lost.id} at {lost.url}" in failed.error
@@ -201,21 +239,23 @@ def test_an_upload(hosts: list[Host]) -> None:
 def test_an_upload_that_can_wait(hosts: list[Host]) -> None:
     """Nobody ends it before it has expired."""
     lost, other, _ = hosts
-    lost.rooms.uploads._expire = 2.0
+    lost.rooms.uploads._expire = 1.0
     image = lost.rooms.uploads.create(ImageType.KVM, "", 10, "", "").image
-    began = time.monotonic()
+    began = time.time()
     lose(lost, other)
-    other.look_for(2 * TTL)
+    for _ in range(10):
+        other.look(after=1)
     assert stored(other, image).in_transfer
     while stored(other, image).in_transfer:
-        other.takeover.look()
-        assert time.monotonic() < began + 4.0
-    assert time.monotonic() >= began + 2.0
-    lost.records.mirror.lost()
-    lost.takeover.look()
+        other.look(after=1)
+        time.sleep(0.02)
+    assert began + 1.0 <= time.time() < began + 5.0
+    lost.sees(lambda records: not records.mirror.get(image.id).in_transfer)
+    lost.may_work = False
+    lost.look()
     assert lost.rooms.claims() == {image.id}
-    lost.records.mirror.heard()
-    lost.takeover.look()
+    lost.may_work = True
+    lost.look()
     assert lost.rooms.claims() == set()
 
 
@@ -230,7 +270,7 @@ def test_what_is_taken_over_is_let_go(hosts: list[Host]) -> None:
     for image in (running, waiting):
         other.rooms.fetcher.take(stored(other, image).requeued())
     lost.sees(lambda records: records.mirror.get(running.id).owner == other.id)
-    lost.takeover.look()
+    lost.look()
     assert_gives_way(lost, transfers[running.id])
     assert transfers[kept.id].cancelled is None
     for turn in list(lost.rooms.fetcher._turns._waiting):
@@ -250,7 +290,8 @@ def test_what_this_member_transfers_is_not_taken_over(hosts: list[Host]) -> None
     upload = host.rooms.uploads.create(ImageType.KVM, "", 10, "", "").image
     host.die()
     host.sees(lambda records: all(known.owner is None for known in records.mirror.in_transfer()))
-    host.look_for(3 * TTL)
+    for _ in range(4):
+        host.look(after=1)
     assert host.rooms.claims() == {waiting.id, running.id, upload.id}
     assert transfer.cancelled is None
     assert host.rooms.take_turns().count(waiting.id) == 1

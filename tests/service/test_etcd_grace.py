@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -13,9 +14,11 @@ from tests.etcd_cluster import EtcdCluster
 from tests.harness import Service, wait_for
 from tests.service.conftest import StartService, on_etcd
 from tests.service.test_faults import begin_upload
+from tests.source import Resource, Source
 from tests.tus import Tus, id_of
 
 MIB = 1 << 20
+LEASE = 2
 
 # An upload that lacks its second MiB: its id, and where that MiB goes.
 Begin = Callable[[Service, Connection, bytes], str]
@@ -77,3 +80,35 @@ def test_etcd_is_back_after_the_grace(own_etcd: EtcdCluster, start_service: Star
             answer = connection.answer()
             assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
     assert_complete(service, image_id, content)
+
+
+@pytest.mark.release
+def test_etcd_is_frozen_for_longer_than_the_leases(
+    own_etcd: EtcdCluster, start_service: StartService, source: Source
+) -> None:
+    """All leases are gone at once when it goes on, and nobody takes from the others what they are still bringing in."""
+    settings = {**on_etcd(own_etcd, "/test"), "cluster_lease_ttl": LEASE}
+    one, other = start_service(**settings), start_service(**settings)
+    resources = [Resource(os.urandom(MIB), stall_after=MIB // 2) for _ in range(2)]
+    fetched = [
+        host.fetch(source.serve(f"/{number}", resource))["id"]
+        for number, (host, resource) in enumerate(zip((one, other), resources, strict=True))
+    ]
+    for image_id in fetched:
+        one.wait_status(image_id, "downloading")
+    content = os.urandom(2 * MIB)
+    with Connection(one.port, timeout=30) as connection:
+        uploaded = plain(one, connection, content)
+        own_etcd.stop(0)
+        time.sleep(1.5 * LEASE)
+        own_etcd.cont(0)
+        time.sleep(2 * LEASE)
+        connection.send(content[MIB:])
+        assert connection.head()[0] == 200
+    for resource in resources:
+        resource.resume()
+    for host, image_id, resource in zip((one, other), fetched, resources, strict=True):
+        assert_complete(host, image_id, resource.body)
+        assert image_id in host.stored()
+    assert_complete(one, uploaded, content)
+    assert [len(source.asked(f"/{number}")) for number in range(2)] == [1, 1]
