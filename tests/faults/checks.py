@@ -26,7 +26,8 @@ _SAMPLE = 6
 _START_SECONDS = 20.0
 # What is still to come. Without it: only who holds an image can send it; without etcd nothing is known; the transfers of
 # the dead wait for them; nobody makes copies.
-PULLS = MIRRORS = TAKEOVERS = COPIES = False
+PULLS = MIRRORS = True
+TAKEOVERS = COPIES = False
 _CUT = (OSError, http.client.HTTPException)
 _ENDED = (Status.COMPLETE, Status.ERROR)
 
@@ -39,6 +40,8 @@ class Checks:
         # By name: the process that has been ready, and when the one that runs was first seen.
         self._ready: dict[str, int] = {}
         self._seen: dict[str, tuple[int, float]] = {}
+        # By process: the images that it has been seen to know of.
+        self._knows: dict[int, set[str]] = {}
         # Since when a transfer has had no owner.
         self._orphans: dict[str, float] = {}
 
@@ -76,8 +79,11 @@ class Checks:
         if not MIRRORS and not self._cluster.reaches_etcd(member):
             return
         try:
-            for trouble in [*self._list(member), *self._bytes(member, wanted), *self._disk(member)]:
-                yield f"{member.name}: {trouble}"
+            pid, kept = member.pid, self._model.kept()
+            troubles = [*self._list(member), *self._bytes(member, wanted), *self._disk(member)]
+            yield from (f"{member.name}: {trouble}" for trouble in troubles)
+            if not troubles and self._cluster.reaches_etcd(member):
+                self._knows[pid] = set(kept)
         except _CUT as error:
             yield f"{member.name} did not answer: {error!r}"
 
@@ -122,11 +128,14 @@ class Checks:
             if answer.status == 200 and digest(answer.body) != sha256:
                 assert rotten or self._disks.is_rotten(member, image_id), f"{member.name}: image {image_id} is wrong"
                 yield f"image {image_id} has rotten"
-            elif answer.status != 200 and (must or not self._says_who(answer)):
+            elif answer.status != 200 and (must or not self._may_be_away(member, image_id, answer)):
                 yield f"image {image_id}, of {must or 'nobody who lives'}: {answer.status} {answer.body[:300]!r}"
 
-    def _says_who(self, answer: Answer) -> bool:
-        return answer.status == 503 and "held by" in answer.message
+    def _may_be_away(self, member: Member, image_id: str, answer: Answer) -> bool:
+        """Whether it says who has it; from one that does not hear of etcd only of what it knew before."""
+        knows = self._cluster.reaches_etcd(member) or image_id in self._knows.get(member.pid, ())
+        named = any(other.url in answer.message for other in self._cluster.members)
+        return answer.status == 503 and (named or not knows)
 
     def _can_be_had(self, member: Member, image_id: str, sha256: str) -> str:
         """The name of a member that lives, is known to hold it and does, and can be asked by this one."""

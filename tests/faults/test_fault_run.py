@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -74,6 +75,7 @@ def run(cluster: ClusterOfThree, count: int, without: frozenset[str]) -> None:
     seed = int(SEED or random.randrange(1 << 32))
     model, disks = Model(), Disks()
     done: list[Step] = []
+    began = time.monotonic()
     print("seed", seed)  # noqa: T201 - pytest keeps it for when the test fails
     for member in cluster.members:
         member.timeout = _ANSWER_SECONDS
@@ -83,6 +85,7 @@ def run(cluster: ClusterOfThree, count: int, without: frozenset[str]) -> None:
         try:
             for step in plan(seed, int(STEPS or count), without):
                 done.append(step)
+                print(f"{time.monotonic() - began:6.1f} s: {step}")  # noqa: T201 - as above
                 deeds.do(step)
                 clients.look()
                 checks.hold(step.random)
