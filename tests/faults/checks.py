@@ -10,7 +10,7 @@ import http.client
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from imgsvc.metadata.image import Status
@@ -119,8 +119,10 @@ class Checks:
         yield from (f"{source} has {count} images" for source, count in sources.items() if count > 1)
 
     def _bytes(self, member: Member, wanted: Mapping[str, str]) -> Iterator[str]:
+        peers = {peer["id"] for peer in member.get("/members").json()} | {member.id}
+        yield from (f"{each} is not among the members" for each in self._connected(member) - peers)
         for image_id, sha256 in wanted.items():
-            must = self._can_be_had(member, image_id, sha256)
+            must = self._can_be_had(member, image_id, sha256, peers)
             rotten = self._disks.is_rotten(member, image_id)
             answer = member.download(image_id)
             if image_id not in self._model.kept():
@@ -137,13 +139,20 @@ class Checks:
         named = any(other.url in answer.message for other in self._cluster.members)
         return answer.status == 503 and (named or not knows)
 
-    def _can_be_had(self, member: Member, image_id: str, sha256: str) -> str:
-        """The name of a member that lives, is known to hold it and does, and can be asked by this one."""
+    def _connected(self, member: Member) -> set[str]:
+        """Those that a member which hears of etcd must know to be live: they hear of it as well."""
+        if not self._cluster.reaches_etcd(member):
+            return set()
+        live = self._cluster.live()
+        return {other.id for other in live if self._is_ready(other) and self._cluster.reaches_etcd(other)}
+
+    def _can_be_had(self, member: Member, image_id: str, sha256: str, peers: Collection[str]) -> str:
+        """The name of one of the `peers` that lives, is known to hold it and does, and can be asked by this one."""
         answer = member.get(f"/images/{image_id}")
         known = answer.json().get("replicas", [] if PULLS else [member.id]) if answer.status == 200 else []
         for holder in self._cluster.live():
             asked = holder is member or self._cluster.reaches(member, holder)
-            has = holder.id in known and self._disks.digest(holder, image_id) == sha256
+            has = holder.id in known and holder.id in peers and self._disks.digest(holder, image_id) == sha256
             if asked and has and self._is_ready(holder):
                 return holder.name
         return ""
