@@ -49,7 +49,7 @@ class Member(Service):
     """One of a cluster."""
 
     def __init__(self, data_dir: Path, site: Site, name: str, /, **settings: object) -> None:
-        super().__init__(data_dir, site, cluster_member_id=name, **settings)
+        super().__init__(data_dir, site, cluster_member_id=f"member-{name}", **settings)
         self.settings.setdefault("cluster_advertise_url", self.url)
         self.name = name
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,8 +15,15 @@ Mount = Callable[..., None]
 
 @pytest.fixture
 def mount() -> Iterator[Mount]:
-    """`mount(*arguments, directory)` as the command of that name, undone when the test ends; skips where mounting is
-    not allowed."""
+    """As `mounting`."""
+    with mounting() as mount:
+        yield mount
+
+
+@contextmanager
+def mounting() -> Iterator[Mount]:
+    """`mount(*arguments, directory)` as the command of that name, undone in the end; skips where mounting is not
+    allowed."""
     if os.geteuid() != 0:
         pytest.skip("only root may mount")
     with ExitStack() as mounted:

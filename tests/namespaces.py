@@ -68,6 +68,7 @@ class Network:
     def __init__(self) -> None:
         self._open: list[int] = []
         self._cuts: set[tuple[Place, Place]] = set()
+        self._slow: set[Place] = set()
         try:
             self._wire = self._new("")
             _ip(self._wire, "link add name wire type bridge", "link set wire up")
@@ -109,6 +110,7 @@ class Network:
 
     def slow(self, place: Place, bytes_per_second: int) -> None:
         """From now on what the host sends takes this long."""
+        self._slow.add(place)
         rate = f"rate {bytes_per_second * 8}bit burst 64kb latency 200ms"
         _run(place.command("tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", *rate.split()))
 
@@ -116,9 +118,11 @@ class Network:
         return (one, other) not in self._cuts
 
     def heal(self) -> None:
-        """Undoes every `cut`."""
+        """Undoes every `cut`, and all that is slow."""
         for one, other in list(self._cuts):
             self.join(one, other)
+        while self._slow:
+            _run(self._slow.pop().command("tc", "qdisc", "del", "dev", "eth0", "root"))
 
     def close(self) -> None:
         while self._open:

@@ -199,6 +199,19 @@ class EtcdMetadataStore:
         return done.succeeded
 
     def holders(self, image_id: str) -> Sequence[str]:
+        """While etcd is away, what is remembered; then those that are not live have no address."""
+        if self._mirror is None or self._follower is None:
+            return self._holders(image_id)
+        if self._follower.answers:
+            try:
+                return self._holders(image_id)
+            except Unavailable:
+                self._follower.doubt()
+        known, live = self._mirror.get(image_id), self._mirror.members()
+        others = [member for member in known.replicas if member != self._member.id]
+        return [f"{member} at {live[member].url}" if member in live else member for member in others]
+
+    def _holders(self, image_id: str) -> Sequence[str]:
         notes = self._find(image_id).notes
         others = {member: note for member, note in notes.items() if not self._is_here(member, note)}
         if others:

@@ -24,10 +24,6 @@ PATIENCE = 3 * LEASE + 12.0
 # How many images are downloaded from each member after a step.
 _SAMPLE = 6
 _START_SECONDS = 20.0
-# What is still to come. Without it: only who holds an image can send it; without etcd nothing is known; the transfers of
-# the dead wait for them; nobody makes copies.
-PULLS = MIRRORS = True
-TAKEOVERS = COPIES = False
 _CUT = (OSError, http.client.HTTPException)
 _ENDED = (Status.COMPLETE, Status.ERROR)
 
@@ -75,8 +71,6 @@ class Checks:
         if not self._is_ready(member):
             if self._cluster.reaches_etcd(member) and self._age(member) > _START_SECONDS:
                 yield f"{member.name} is not ready"
-            return
-        if not MIRRORS and not self._cluster.reaches_etcd(member):
             return
         try:
             pid, kept = member.pid, self._model.kept()
@@ -136,7 +130,7 @@ class Checks:
     def _may_be_away(self, member: Member, image_id: str, answer: Answer) -> bool:
         """Whether it says who has it; from one that does not hear of etcd only of what it knew before."""
         knows = self._cluster.reaches_etcd(member) or image_id in self._knows.get(member.pid, ())
-        named = any(other.url in answer.message for other in self._cluster.members)
+        named = any(name in answer.message for other in self._cluster.members for name in (other.url, other.id))
         return answer.status == 503 and (named or not knows)
 
     def _connected(self, member: Member) -> set[str]:
@@ -149,7 +143,7 @@ class Checks:
     def _can_be_had(self, member: Member, image_id: str, sha256: str, peers: Collection[str]) -> str:
         """The name of one of the `peers` that lives, is known to hold it and does, and can be asked by this one."""
         answer = member.get(f"/images/{image_id}")
-        known = answer.json().get("replicas", [] if PULLS else [member.id]) if answer.status == 200 else []
+        known = answer.json()["replicas"] if answer.status == 200 else []
         for holder in self._cluster.live():
             asked = holder is member or self._cluster.reaches(member, holder)
             has = holder.id in known and holder.id in peers and self._disks.digest(holder, image_id) == sha256
@@ -183,8 +177,7 @@ class Checks:
         assert not back, f"deleted images are in etcd: {back}"
         for image_id in self._model.kept():
             assert image_id in images or image_id not in self._model.kept(), f"image {image_id} is lost"
-        if TAKEOVERS:
-            yield from self._without_owner(images)
+        yield from self._without_owner(images)
 
     def _without_owner(self, images: Mapping[str, Stored]) -> Iterator[str]:
         """Images in transfer whose owner has died; those who could take them over have three leases for it."""
@@ -224,7 +217,7 @@ class Checks:
         holding = {member.id for member in self._cluster.members if self._disks.digest(member, image_id) == sha256}
         if holding != set(stored.replicas):
             yield f"image {image_id} is held by {sorted(holding)}, and etcd has {stored.replicas}"
-        if COPIES and len(holding) < self._cluster.replicas:
+        if len(holding) < self._cluster.replicas:
             yield f"image {image_id} is held by {sorted(holding)} alone"
 
     def _fetched(self, images: Mapping[str, object]) -> Iterator[str]:
