@@ -121,7 +121,7 @@ class TestErrorTable:
             errors.NotFound: "image not found",
             errors.NotComplete: "incomplete image",
         }
-        service.faults.always("get", fault=Fault(error))
+        service.faults.always("look", fault=Fault(error))
         answer = await ask("GET", f"/images/{IMAGE.id}")
         assert answer.code == STATUS[error]
         assert document(answer)["message"] == by_heart.get(type(error), str(error))
@@ -130,7 +130,7 @@ class TestErrorTable:
     @pytest.mark.gen_test
     async def test_a_mistake_of_ours(self, service: Service, ask: Asking) -> None:
         """It tells a client nothing, and the log all."""
-        service.faults.always("get", fault=Fault(ZeroDivisionError("/a/path")))
+        service.faults.always("look", fault=Fault(ZeroDivisionError("/a/path")))
         with capture_logs() as logs:
             answer = await ask("GET", f"/images/{IMAGE.id}")
         assert answer.code == 500
@@ -161,7 +161,7 @@ class TestExposedStack:
     @pytest.mark.gen_test
     async def test_it_shows_where(self, service: Service, ask: Asking) -> None:
         """To operators who ask for it."""
-        service.faults.always("get", fault=Fault(ZeroDivisionError("a mistake of ours")))
+        service.faults.always("look", fault=Fault(ZeroDivisionError("a mistake of ours")))
         stack = document(await ask("GET", f"/images/{IMAGE.id}"))["stack"]
         assert any("service.py" in line for line in stack)
         assert stack[-1] == "ZeroDivisionError: a mistake of ours"
