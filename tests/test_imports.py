@@ -93,6 +93,16 @@ RULES: tuple[Only | AtMost, ...] = (
         ),
         "who keeps records elsewhere need not load gRPC",
     ),
+    Only(
+        ("imgsvc.cluster.line", "imgsvc.cluster.choice"),
+        ("imgsvc.cluster.supply", "imgsvc.cluster.pull", "imgsvc.context"),
+        "who is asked for bytes, and how, is decided in one place",
+    ),
+    AtMost(
+        ("imgsvc.cluster.course",),
+        ("imgsvc.blocks", "imgsvc.errors", "imgsvc.images.store"),
+        "it stands between a pull and its followers, and knows neither",
+    ),
     AtMost(
         ("imgsvc.images.*",),
         ("imgsvc.images.*", "imgsvc.metadata.image", "imgsvc.errors"),
