@@ -206,6 +206,7 @@ class Context:
         self._scrubber.start()
         if self.mirror is not None:
             self.checks.start()
+            self.mirror.listen(self.pulls.changed)
             self._replicator.start()
             self._cache.start()
         if self._takeover is not None:

@@ -214,6 +214,8 @@ class ImageService:
             image = self._records.get(image.id)
             if image.status is not Status.ERROR or self._transfers.is_known(image.id):
                 return image
+            # What it was before it failed may still be on its way here from another member.
+            self._pulls.end(image.id, Conflict("the image is fetched again"))
             wanted = dataclasses.replace(image.requeued(), expected_sha256=expected_sha256)
             try:
                 return self._fetcher.take(wanted)

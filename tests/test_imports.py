@@ -95,7 +95,7 @@ RULES: tuple[Only | AtMost, ...] = (
     ),
     Only(
         ("imgsvc.cluster.line", "imgsvc.cluster.choice"),
-        ("imgsvc.cluster.supply", "imgsvc.cluster.pull", "imgsvc.context"),
+        ("imgsvc.cluster.supply", "imgsvc.cluster.pull*", "imgsvc.context"),
         "who is asked for bytes, and how, is decided in one place",
     ),
     AtMost(

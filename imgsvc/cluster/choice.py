@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from imgsvc.errors import NotFound
-from imgsvc.metadata.image import Image
+from imgsvc.metadata.image import Image, Status
 from imgsvc.metadata.mirror import LiveMember, Mirror
 
 # Seconds for which what a member said of its load counts, and for which one that failed is asked after the others.
@@ -44,6 +44,13 @@ class Choice:
         """The other live members that are on record as holding the image."""
         on_record, live = self._on_record(image), self._mirror.members()
         return [live[member] for member in sorted(on_record - {self._member_id}) if member in live]
+
+    def is_complete(self, image_id: str) -> bool:
+        """Whether there is such an image and it is complete, as far as the mirror knows."""
+        try:
+            return self._mirror.get(image_id).status is Status.COMPLETE
+        except NotFound:
+            return False
 
     def is_mine(self, image: Image) -> bool:
         """Whether this member is on record as holding the image."""

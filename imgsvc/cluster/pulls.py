@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 
 import structlog
 
 from imgsvc.cluster.follower import Follower
+from imgsvc.cluster.line import TICK
 from imgsvc.cluster.pull import Pull
 from imgsvc.cluster.relay import Relay
 from imgsvc.cluster.supply import Supply
@@ -30,6 +32,8 @@ _IN_BACKGROUND = 4
 _RELAYING = 16
 # Clients whose images pass through at once; the next is told to come back. Each has a part in memory.
 _RELAYS = 512
+# Seconds that somebody waits for a pull to end that was told to.
+_PATIENCE = 5.0
 # Seconds between two looks at whether the service stops.
 _LOOK = 0.25
 
@@ -121,12 +125,25 @@ class Pulls:
         """Ends the pulls of images whose record is gone: their deletion may have been missed."""
         self._cancel(Conflict("the image was deleted"), lambda pull: self._is_gone(pull.image))
 
+    def changed(self, image_id: str) -> None:
+        """Of an image whose record may have changed: one that is not complete any more is not brought here. Returns at
+        once."""
+        if image_id in self._running and not self._supply.is_complete(image_id):
+            self.cancel(image_id, Conflict("the image was deleted, or is damaged where it came from"))
+
     def cancel(self, image_id: str, reason: ImgsvcError) -> None:
         """Ends the pull of the image, if there is one, and for its clients at once."""
         with self._lock:
             pull = self._running.get(image_id)
         if pull is not None:
             pull.cancel(reason)
+
+    def end(self, image_id: str, reason: ImgsvcError) -> None:
+        """As `cancel`, and returns when another writer of the image may begin, or is likely to be able to soon."""
+        self.cancel(image_id, reason)
+        latest = time.monotonic() + _PATIENCE
+        while image_id in self._running and time.monotonic() < latest:
+            time.sleep(TICK)
 
     def close(self) -> None:
         """Ends all pulls, and returns when they have."""

@@ -53,6 +53,10 @@ class Supply:
         """The other live members that hold the image."""
         return self.choice.holders(image)
 
+    def is_complete(self, image_id: str) -> bool:
+        """Whether there is such an image and it is complete, as far as this member knows. Never blocks."""
+        return self.choice.is_complete(image_id)
+
     def is_mine(self, image: Image) -> bool:
         """Whether this member is on record as holding the image."""
         return self.choice.is_mine(image)

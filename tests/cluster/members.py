@@ -74,6 +74,7 @@ class Members:
         images.mark(self.records.identity)
         self.one = Rooms(images, self.records)
         self._opened.callback(self.one.close)
+        self.source = self._opened.enter_context(Source())
         self.others: dict[str, Source] = {}
         self.resources: dict[str, Resource] = {}
 
@@ -83,9 +84,9 @@ class Members:
     def __exit__(self, *exception: object) -> None:
         self._opened.close()
 
-    def image(self, body: bytes, sha256: str | None = None) -> Image:
+    def image(self, body: bytes, sha256: str | None = None, source: str = "") -> Image:
         """Complete, and held by nobody yet."""
-        image = self.records.create(Image(new_id(), ImageType.KVM).started(len(body)))
+        image = self.records.create(Image(new_id(), ImageType.KVM, source).started(len(body)))
         digest = hashlib.sha256(body).hexdigest() if sha256 is None else sha256
         image = self.records.update(image.completed(len(body), digest))
         self.records.holding.clear()

@@ -14,6 +14,7 @@ import pytest
 from imgsvc.cluster import pulls
 from imgsvc.cluster.course import HELD_BACK
 from imgsvc.errors import Conflict, Elsewhere, ImgsvcError, Stopping, Unavailable
+from imgsvc.metadata.image import ImageType, Status
 from imgsvc.metadata.mirror import LiveMember
 from imgsvc.throttle import Throttle
 from tests.cluster.members import MIB, Members, Reading, some
@@ -436,3 +437,36 @@ def test_a_file_that_has_changed(members: Members) -> None:
     assert Reading(reader).whole() == body
     with pytest.raises(Unavailable):
         members.one.service.open(image.id, own=True)
+
+
+def test_fetched_again_here(members: Members) -> None:
+    """What failed is fetched anew, though what it was is still on its way here."""
+    members.one.start()
+    body = some(MIB)
+    image = members.image(body, source=members.source.serve("/image", b"new"))
+    members.serve(image, Resource(body, stall_after=MIB // 2))
+    reader = members.read(image)
+    wait_until(lambda: bool(reader.body))
+    members.records.update(image.failed("it was lost"))
+    assert members.one.service.fetch(image.source, ImageType.KVM, "").id == image.id
+    with pytest.raises(Conflict):
+        reader.whole()
+    wait_until(lambda: members.records.get(image.id).status is Status.COMPLETE)
+    assert content(members.one.disk, image.id) == b"new"
+
+
+def test_what_is_not_complete_any_more(members: Members) -> None:
+    """It ends with the news; what happens to others does not concern it."""
+    image, other = members.image(some(MIB)), members.image(b"other")
+    members.serve(image, Resource(some(MIB), stall_after=MIB // 2))
+    reader = members.read(image)
+    wait_until(lambda: bool(reader.body))
+    members.one.mirror.remove(other.id)
+    members.one.pulls.changed(other.id)
+    members.one.pulls.changed(image.id)
+    assert members.one.pulls.running == 1
+    members.one.mirror.remove(image.id)
+    members.one.pulls.changed(image.id)
+    with pytest.raises(Conflict):
+        reader.whole()
+    check_not_kept(members, image.id)
