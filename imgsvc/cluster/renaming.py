@@ -63,13 +63,15 @@ class Renaming:
         """The keys of what may be on record under former ids. Raises ConfigError when the new one is another's."""
         for member in former:
             self._require_dead(member)
+        # A marker made by hand, after the images were lost, has no home but the id: then a person says whose it is.
+        says_so = self._images.home == self._id
         notes, held = list[str](), set[str]()
         for item in scan(self._etcd, self._layout.images, keys_only=True, may_tear=True):
             image_id, rest = self._layout.split(item.key)
             kind, _, member = rest.partition("/")
             if rest == CARRIER or (kind == REPLICAS and member in former):
                 notes.append(item.key)
-            elif kind == REPLICAS and member == self._id:
+            elif kind == REPLICAS and member == self._id and not says_so:
                 held.add(image_id)
         if elsewhere := held.difference(self._images.ids()):
             raise ConfigError(

@@ -174,6 +174,17 @@ def test_an_image_that_is_lost(directories: Directories) -> None:
     assert directories.start("one", "a").member == "a"
 
 
+def test_a_marker_made_by_hand(directories: Directories, tmp_path: Path) -> None:
+    """An empty directory takes the place of one that is lost, when a person says so."""
+    one = directories.start("one", "a")
+    (image_id,) = directories.hold(one)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / ".imgsvc").write_text('{"member": "a", "records": ""}')
+    assert directories.start("new", "a").member == "a"
+    assert directories.holders() == {image_id: {"a"}}
+    assert [item.text for item in directories.homes()] == ["a"]
+
+
 def test_a_directory_from_before(directories: Directories, tmp_path: Path) -> None:
     """Of the first markers: it is known by the id that it had then."""
     one = directories.start("one", "")
