@@ -14,9 +14,13 @@ import structlog
 from imgsvc.etcd_layout import CARRIER, OWNER, RECORD, REPLICAS, Layout, is_replica
 from imgsvc.etcd_messages import KeyValue
 from imgsvc.metadata.image import Image, ImageType, Status
-from imgsvc.metadata.mirror import Carrier, Known, LiveMember
+from imgsvc.metadata.mirror import Carrier, Known, LiveMember, shared
 
-_log = structlog.get_logger()
+_SAMPLE = Image("", ImageType.KVM, expected_sha256="-").to_document()
+# Of a record as this program writes it.
+_KEYS = (tuple(_SAMPLE), tuple(key for key in _SAMPLE if key != "expected_sha256"))
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,7 @@ class Found:
         """Raises ValueError when there is no record, or it is no image's, or another image's."""
         if self.record is None:
             raise ValueError("it is not there")
-        return dataclasses.replace(_image(self.id, self.record), replicas=self.replicas)
+        return dataclasses.replace(_read_record(self.id, self.record)[0], replicas=self.replicas)
 
 
 def grouped(layout: Layout, items: Iterable[KeyValue], revision: int = 0) -> Iterator[Found]:
@@ -84,8 +88,8 @@ def changed(
     for name, item in parts.items():
         if name == RECORD:
             document, revision = "", 0
-            if item is not None and (image := parsed(image_id, item, complain=complain)) is not None:
-                document, revision = image.to_json(), item.modified
+            if item is not None and (read := _parsed(image_id, item, complain=complain)) is not None:
+                (image, document), revision = read, item.modified
                 status, image_type, size = image.status, image.type, image.size
         elif name == OWNER:
             owner = None if item is None else item.text
@@ -97,26 +101,35 @@ def changed(
     if not (document or owner or carrier or replicas):
         return None
     return Known(
-        image_id, document, revision, status, image_type, size, owner, carrier, replicas=tuple(sorted(replicas))
+        image_id, document, revision, status, image_type, size, owner, carrier, replicas=shared(tuple(sorted(replicas)))
     )
 
 
-def parsed(image_id: str, item: KeyValue, *, complain: bool = True) -> Image | None:
-    """The image of a record, as it is stored, or None when it is none."""
+def parsed(image_id: str, item: KeyValue) -> Image | None:
+    """The image of a record, or None when it is none, which is logged."""
+    read = _parsed(image_id, item, complain=True)
+    return None if read is None else read[0]
+
+
+def _parsed(image_id: str, item: KeyValue, *, complain: bool) -> tuple[Image, str] | None:
     try:
-        return _image(image_id, item)
+        return _read_record(image_id, item)
     except ValueError as error:
         if complain:
-            _log.warning("no image document", key=item.key, reason=str(error))
+            log.warning("no image document", key=item.key, reason=str(error))
         return None
 
 
-def _image(image_id: str, record: KeyValue) -> Image:
-    """Raises ValueError when it is no image's, or another image's."""
-    image = Image.from_json(record.value, record.modified)
+def _read_record(image_id: str, item: KeyValue) -> tuple[Image, str]:
+    """The image, and its document as `Image.to_json` writes it, or with the same keys in the same order: to write each
+    anew would take most of the time of reading all. Raises ValueError."""
+    text = item.value.decode()
+    document = json.loads(text)
+    image = Image.from_document(document, item.modified)
     if image.id != image_id:
         raise ValueError(f"it is of image {image.id}")
-    return image
+    ours = tuple(document) in _KEYS and text[0] == "{" and text[-1] == "}"
+    return image, text if ours else image.to_json()
 
 
 def stored_document(image: Image) -> str:

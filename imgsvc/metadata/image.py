@@ -159,7 +159,11 @@ class Image:
 
         Raises ValueError when it is none: not JSON, a key without which there is no image, or a value out of range.
         """
-        document = json.loads(text)
+        return cls.from_document(json.loads(text), revision)
+
+    @classmethod
+    def from_document(cls, document: object, revision: int = 0) -> Self:
+        """As `from_json`, of one that has been parsed."""
         if not isinstance(document, dict):
             raise ValueError("an image document is a JSON object")
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import json
 import sys
 import threading
@@ -21,6 +22,18 @@ from imgsvc.metadata.image import Image, ImageType, Status
 _PAGE = 1_000
 # Ids that are remembered as deleted, some 2 MiB of them.
 _DELETED = 10_000
+
+
+@functools.lru_cache(maxsize=10_000)
+def _ending(replicas: tuple[str, ...]) -> str:
+    """Of a document for clients."""
+    return f',"replicas":{json.dumps(replicas, ensure_ascii=False, separators=(",", ":"))}}}'
+
+
+@functools.lru_cache(maxsize=10_000)
+def shared(replicas: tuple[str, ...]) -> tuple[str, ...]:
+    """The same one for all images that the same members hold, as long as those are few."""
+    return tuple(map(sys.intern, replicas))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +86,7 @@ class Known:
 
     def to_json(self) -> str:
         """The document for clients: with the replicas behind the other keys."""
-        return f'{self.document[:-1]},"replicas":{json.dumps(self.replicas, separators=(",", ":"))}}}'
+        return self.document[:-1] + _ending(self.replicas)
 
 
 # What becomes of an image: from what is known of it, None when nothing is. One without a document has no record yet.
@@ -292,7 +305,6 @@ class Mirror:
     def _set(self, image_id: str, known: Known | None) -> None:
         if known is not None and known.document:
             self._deleted.pop(image_id, None)
-            known = dataclasses.replace(known, replicas=tuple(map(sys.intern, known.replicas)))
         elif image_id in self._state.known:
             self._note_deleted(image_id)
         self._state.set(image_id, known)
