@@ -116,9 +116,9 @@ class TestAPausedMember:
         theirs = taken_over(two, mine.id)
         if not alive:
             two.lose()
+        before = two.keys(mine.id).parts
         if renewed:
             one.leases.renew()
-        before = two.keys(mine.id).parts
         for write in (one.store.update, one.settlements.write):
             with pytest.raises(Conflict):
                 write(LATE[late](mine))
