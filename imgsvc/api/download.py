@@ -44,7 +44,7 @@ class DownloadHandler(BaseHandler):
         own = bool(self.context.signatures.peer(self.request.headers, str(self.request.method), self.request.uri or ""))
         if own:
             self.set_header(LOAD, str(len(self.in_flight)))
-        image, reader, stale = await self.context.records_pool.run(self.context.service.open, image_id, own=own)
+        image, reader, stale = await self.context.looks_pool.run(self.context.service.open, image_id, own=own)
         self.say_stale(stale)
         try:
             await self._answer(image, reader)

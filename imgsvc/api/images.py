@@ -45,7 +45,7 @@ class ImagesHandler(ImageAnswer):
 
     async def get(self) -> None:
         """Lists. Pages are sent as they are read, so that neither memory nor the event loop feels a long list."""
-        run = self.context.records_pool.run
+        run = self.context.looks_pool.run
         images = self.context.service
         pages, page = await run(_first_page, images, self._wanted_type())
         self.say_stale(images.stale)
@@ -138,7 +138,7 @@ class ImageHandler(ImageAnswer):
         images = self.context.service
         document = images.peek(image_id)  # which is quicker than the way into a thread and back
         if document is None:
-            image, stale = await self.context.records_pool.run(images.look, image_id)
+            image, stale = await self.context.looks_pool.run(images.look, image_id)
             self.say_stale(stale)
             document = image.to_json()
         self.write_document(document)

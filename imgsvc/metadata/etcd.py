@@ -31,7 +31,7 @@ from imgsvc.metadata.etcd_transfers import Leases, OwnTransfers, document_of
 from imgsvc.metadata.etcd_watch import Follower
 from imgsvc.metadata.go_program import taken_over
 from imgsvc.metadata.image import Image, ImageType, is_id
-from imgsvc.metadata.mirror import Mirror
+from imgsvc.metadata.mirror import Known, Mirror
 from imgsvc.metadata.store import Entry, Member
 
 _T = TypeVar("_T")
@@ -110,7 +110,7 @@ class EtcdMetadataStore:
                 self._follower.doubt()
             else:
                 return self._image(found), None
-        return self._remembered(self._mirror, image_id)
+        return _recalled(self._mirror, image_id).image, self._mirror.age
 
     def peek(self, image_id: str) -> str | None:  # noqa: ARG002 - whatever it is, it has to be asked for
         return None
@@ -207,7 +207,7 @@ class EtcdMetadataStore:
                 return self._holders(image_id)
             except Unavailable:
                 self._follower.doubt()
-        known, live = self._mirror.get(image_id), self._mirror.members()
+        known, live = _recalled(self._mirror, image_id), self._mirror.members()
         others = [member for member in known.replicas if member != self._member.id]
         return [f"{member} at {live[member].url}" if member in live else member for member in others]
 
@@ -309,15 +309,6 @@ class EtcdMetadataStore:
         except ValueError as error:
             raise Unavailable(f"what etcd has at {self._layout.record(found.id)} is no image: {error}") from error
 
-    def _remembered(self, mirror: Mirror, image_id: str) -> tuple[Image, float]:
-        age = mirror.age
-        try:
-            return mirror.get(image_id).image, age
-        except NotFound as error:
-            if not is_id(image_id) or mirror.is_deleted(image_id):
-                raise
-            raise Unavailable(f"etcd does not answer, and image {image_id} is not known here") from error
-
     def _entries(self) -> Iterator[tuple[Entry, KeyValue]]:
         for found in grouped(self._layout, self._keys.scan(self._layout.images)):
             record, carrier = found.record, found.carrier
@@ -346,6 +337,17 @@ class EtcdMetadataStore:
 
     def _is_here(self, member: str, note: dict[str, str]) -> bool:
         return member == self._member.id or note.get("site") == self._member.site
+
+
+def _recalled(mirror: Mirror, image_id: str) -> Known:
+    """What the mirror does not know may be newer than what it has heard: that is Unavailable, unless it knows of the
+    deletion, or there can be no such image; then NotFound."""
+    try:
+        return mirror.get(image_id)
+    except NotFound as error:
+        if not is_id(image_id) or mirror.is_deleted(image_id):
+            raise
+        raise Unavailable(f"etcd does not answer, and image {image_id} is not known here") from error
 
 
 def _created(found: Found) -> int:

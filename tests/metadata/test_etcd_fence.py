@@ -132,6 +132,19 @@ class TestAPausedMember:
             two.leases.renew()
         assert two.store.update(theirs.started(9)).status is Status.DOWNLOADING
 
+    def test_is_told_before_it_takes_over_itself(self, hosts: list[Host]) -> None:
+        """When the successor has died, and the first one, back again, would take the image over before its own transfer
+        has heard that it is lost, that is a conflict; after it, it is one contender of many."""
+        one, two = hosts
+        mine = begun(one)
+        one.lose()
+        taken_over(two, mine.id)
+        two.lose()
+        one.leases.renew()
+        with pytest.raises(Conflict):
+            one.store.update(one.store.get(mine.id).requeued())
+        assert taken_over(one, mine.id).status is Status.PENDING
+
     @pytest.mark.parametrize("renewed", [True, False], ids=["renewed", "not renewed"])
     @pytest.mark.parametrize("late", LATE)
     def test_goes_on_without_a_successor(self, hosts: list[Host], late: str, *, renewed: bool) -> None:
