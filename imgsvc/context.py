@@ -143,6 +143,7 @@ class Context:
             pulls=self.pulls,
             orders=self._orders,
             served=self._cache.served,
+            me=self._this.id,
         )
         self.uploads = Uploads(
             self.images, self.records, self.transfers, settlements, expire=self.settings.uploads.expire

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
 
 import structlog
 
@@ -50,9 +51,8 @@ class Maintenance:
                 orphans.discard(entry.image.id)
                 if entry.image.status is Status.COMPLETE:
                     self._check_complete(entry, stored)
-                elif entry.image.in_transfer and self._is_ours(entry, stored | unfinished):
-                    unfinished.discard(entry.image.id)
-                    to_fetch += self._settle(entry.image)
+                elif entry.image.in_transfer:
+                    to_fetch += self._check_transfer(entry, stored, unfinished)
         if self._images.marked_for in ("", identity):
             for image_id in unfinished:
                 self._images.unclaim(image_id)
@@ -84,11 +84,22 @@ class Maintenance:
                 f"{example}), and no marker for these records: is its file system mounted, and is it the right one?"
             )
 
-    def _is_ours(self, entry: Entry, traces: set[str]) -> bool:
+    def _is_ours(self, entry: Entry, *, traces: bool) -> bool:
         """Whether this member was transferring. Without an owner on record, what is on the disk tells."""
         if entry.owner is None:
-            return entry.image.id in traces
+            return traces
         return entry.owner == self._images.member
+
+    def _check_transfer(self, entry: Entry, stored: Collection[str], unfinished: set[str]) -> list[str]:
+        """The id of the fetch that is to be submitted again, if it is one of ours."""
+        image_id = entry.image.id
+        if self._is_ours(entry, traces=image_id in stored or image_id in unfinished):
+            unfinished.discard(image_id)
+            return self._settle(entry.image)
+        if image_id in stored:
+            # What another member brings in by now may be other bytes, and these must not stand for them.
+            self._images.delete(image_id)
+        return []
 
     def _settle(self, image: Image) -> list[str]:
         """The id of the fetch that is to be submitted again, if it is one."""

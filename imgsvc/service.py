@@ -46,8 +46,10 @@ class ImageService:
         pulls: Pulls,
         orders: Orders,
         served: Callable[[str], None],
+        me: str,
     ) -> None:
-        """`served` is told of each image that somebody begins to read here; it does not block."""
+        """`served` is told of each image that somebody begins to read here; it does not block. `me` is what records call
+        this member."""
         self._images = images
         self._records = records
         self._transfers = transfers
@@ -57,6 +59,7 @@ class ImageService:
         self._pulls = pulls
         self._orders = orders
         self._served = served
+        self._me = me
         self._fetching_again = threading.Lock()
 
     def list(self, image_type: ImageType | None) -> Iterator[Sequence[str]]:
@@ -186,6 +189,12 @@ class ImageService:
         if self._digests.doubts(image.id):
             raise NotFound("the digest of these bytes has not been found right yet")
         reader = self._images.open(image.id)
+        if image.replicas is not None and self._me not in image.replicas:
+            # What is here without a note may be left from another transfer of the same image.
+            reader.close()
+            if not self._pulls.is_running(image.id):
+                self._digests.submit(image.id, doubted=True)
+            raise NotFound("this member is not on record as holding these bytes")
         if reader.size != image.size:
             reader.close()
             log.error("bytes of a complete image have changed", image=image.id, bytes=reader.size, size=image.size)

@@ -95,6 +95,7 @@ class Rooms:
             pulls=self.pulls,
             orders=Orders(None, Peers(Signatures("", disk.member), 1.0), disk.member, partial(has_room, reserve)),
             served=self.served.append,
+            me=base._member.id,  # type: ignore[attr-defined]  # every store has it
         )
         self.uploads = Uploads(self.images, self.records, self.transfers, self.settlements, expire=expire)
         self.maintenance = Maintenance(self.images, self.records, self.fetcher, self.uploads, self.digests)

@@ -9,10 +9,11 @@ import pytest
 
 from imgsvc.errors import Conflict, FetchFailed, ImgsvcError
 from imgsvc.images.memory import MemoryImageStore
-from imgsvc.metadata.image import ImageType, Status
+from imgsvc.metadata.image import Image, ImageType, Status
 from imgsvc.transfer import Transfer
 from tests.etcd_cluster import EtcdCluster
 from tests.flaky import UNKNOWN
+from tests.harness import wait_for
 from tests.images.helpers import content
 from tests.metadata.etcd_store import OwnedEtcdStore, new_member, open_store
 from tests.rooms import Rooms, feed_and_finish
@@ -85,3 +86,52 @@ def test_bytes_of_an_ended_transfer_do_not_stand_for_the_image(hosts: list[Rooms
     assert content(two.disk, second.image.id) == b"xyz"
     with pytest.raises(ImgsvcError):
         one.service.open(second.image.id)
+
+
+def left_by_a_fetch(host: Rooms) -> Image:
+    """The image of a fetch that a host finished, and died before its record said so."""
+    transfer = begun(host)
+    transfer.start(3)
+    transfer.feed(b"old")
+    transfer.commit()
+    return transfer.image
+
+
+def test_bytes_of_an_interrupted_fetch_go_when_another_member_fetches(hosts: list[Rooms]) -> None:
+    """The successor may be given other bytes by the source; what the first has left is gone with its next start."""
+    one, two = hosts
+    image = left_by_a_fetch(one)
+    end_ownership(one)
+    two.base.update(two.base.get(image.id).requeued())
+    one.maintenance.start_sweep()
+    assert set(one.disk.ids()) == set()
+
+
+def test_bytes_without_a_note_are_not_served_unseen(hosts: list[Rooms]) -> None:
+    """What lies here under the image's name, while records do not say that this member holds it, may be anything: it is
+    held against the digest first, and is noted, or set aside."""
+    one, two = hosts
+    image = left_by_a_fetch(one)
+    end_ownership(one)
+    again = two.transfers.fetch(two.base.update(two.base.get(image.id).requeued()))
+    again.start(3)
+    again.feed(b"new")
+    again.finish()
+    with pytest.raises(ImgsvcError):
+        one.service.open(image.id)
+    one.digests.start()
+    wait_for(lambda: list(one.disk.quarantined()) == [image.id], 5, "it is set aside")
+    one.digests.close()
+    assert one.base.get(image.id).replicas == (member_of(two),)
+
+
+def end_ownership(host: Rooms) -> None:
+    """As if its lease had run out."""
+    store = host.base
+    assert isinstance(store, OwnedEtcdStore)
+    store.membership.close()
+
+
+def member_of(host: Rooms) -> str:
+    assert isinstance(host.base, OwnedEtcdStore)
+    return host.base.member.id

@@ -74,6 +74,10 @@ class Pulls:
     def running(self) -> int:
         return len(self._running)
 
+    def is_running(self, image_id: str) -> bool:
+        """Whether the image is on its way here, or has come and is about to be noted."""
+        return image_id in self._running
+
     def open(self, image: Image) -> ImageReader:
         """A reader of a complete image that is not here: its bytes are pulled from the first one that is wanted on,
         and kept. Never blocks. Raises Elsewhere when no live member holds them."""

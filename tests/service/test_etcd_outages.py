@@ -173,6 +173,28 @@ def test_two_members_of_three_are_lost(
     assert_settled(hosts)
 
 
+def test_who_writes_in_an_outage_does_not_keep_others_from_reading(
+    hosts: tuple[Service, Service], etcd_cluster: EtcdCluster
+) -> None:
+    """However many requests wait for an etcd that says nothing, what this host has is read within a second and a half."""
+    service = hosts[0]
+    image = service.upload(b"content")
+    sources = [{"source": f"http://127.0.0.1:1/{new_id()}", "type": "kvm"} for _ in range(32)]
+    for member in range(3):
+        etcd_cluster.stop(member)
+    with ThreadPoolExecutor(32) as pool:
+        writing = [pool.submit(service.post, wanted) for wanted in sources]
+        time.sleep(0.5)
+        for path in (f"/images/{image['id']}/download", f"/images/{image['id']}", "/images"):
+            with within(1.5, path):
+                answer = service.get(path)
+            assert (answer.status, "X-Imgsvc-Stale" in answer.headers) == (200, True), path
+        assert not all(one.done() for one in writing)
+        assert {one.result().status for one in writing} == {503}
+    etcd_cluster.restore()
+    wait_for(lambda: service.delete(image["id"]).status == 200, ANSWERS, "it works again")
+
+
 def assert_settled(hosts: Sequence[Service]) -> None:
     """Of what was refused nothing is left: every record is of a complete image, which one of the hosts has. That of an
     upload which was refused with all its bytes on the disk says so a little later than `.incoming` is empty."""
