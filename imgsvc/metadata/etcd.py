@@ -311,7 +311,7 @@ class EtcdMetadataStore:
 
     def _entries(self) -> Iterator[tuple[Entry, KeyValue]]:
         for found in grouped(self._layout, self._keys.scan(self._layout.images)):
-            record, carrier = found.record, found.carrier
+            record = found.record
             image = None if record is None else parsed(found.id, record)
             if record is None or image is None:
                 continue
@@ -321,7 +321,6 @@ class EtcdMetadataStore:
                     dataclasses.replace(image, replicas=found.replicas),
                     owner=None if found.owner is None else found.owner.text,
                     here=here,
-                    carrier=None if carrier is None else carrier.member,
                 ),
                 record,
             )

@@ -23,13 +23,11 @@ class Member:
 class Entry:
     """A record with its surroundings. `owner` is the id of the member that is transferring it, None when nobody is
     known to; `here` says that this member, or one that served from its site before, is on record as holding it. In a
-    store that no other host shares, a complete image is here. `carrier` is the member that began the transfer, live or
-    not, as far as the store notes that."""
+    store that no other host shares, a complete image is here."""
 
     image: Image
     owner: str | None
     here: bool
-    carrier: str | None = None
 
 
 class MetadataStore(Protocol):

@@ -54,4 +54,4 @@ class Unshared:
 
     def _entry(self, image: Image) -> Entry:
         owner = self._member.id if image.in_transfer else None
-        return Entry(image, owner, here=image.status is Status.COMPLETE, carrier=owner)
+        return Entry(image, owner, here=image.status is Status.COMPLETE)

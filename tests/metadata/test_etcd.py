@@ -292,7 +292,7 @@ class TestSharing:
         for change in (created.started(5), created.completed(5, "ab"), created.failed("by hand"), created.requeued()):
             with pytest.raises(Conflict):
                 other.update(change)
-        assert entry(other, created.id) == Entry(created, store.member.id, here=False, carrier=store.member.id)
+        assert entry(other, created.id) == Entry(created, store.member.id, here=False)
         store.update(created.started(5))
         other.delete(created.id)
         with pytest.raises(NotFound):

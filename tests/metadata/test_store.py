@@ -328,9 +328,9 @@ class TestSurroundings:
     def test_a_transfer(self, store: MetadataStore) -> None:
         """Who writes a record in transfer owns it; who completes it holds it."""
         current = store.create(image(SOURCE))
-        assert entry(store, current.id) == Entry(current, owner=MEMBER.id, here=False, carrier=MEMBER.id)
+        assert entry(store, current.id) == Entry(current, owner=MEMBER.id, here=False)
         current = store.update(current.started(5))
-        assert entry(store, current.id) == Entry(current, owner=MEMBER.id, here=False, carrier=MEMBER.id)
+        assert entry(store, current.id) == Entry(current, owner=MEMBER.id, here=False)
         current = store.update(current.completed(5, "ab"))
         assert entry(store, current.id) == Entry(current, owner=None, here=True)
 
@@ -340,7 +340,7 @@ class TestSurroundings:
         current = store.update(current.failed("the bytes have rotted"))
         assert entry(store, current.id) == Entry(current, owner=None, here=False)
         current = store.update(current.requeued())
-        assert entry(store, current.id) == Entry(current, owner=MEMBER.id, here=False, carrier=MEMBER.id)
+        assert entry(store, current.id) == Entry(current, owner=MEMBER.id, here=False)
 
     def test_deletion_forgets_who_held(self, store: MetadataStore) -> None:
         """A record that comes later with the same id is held by nobody."""
