@@ -150,8 +150,10 @@ class Maintenance:
         try:
             if self._records.holders(image.id):
                 self._records.release(image.id)
-            else:
-                self._records.update(image.failed(f"the image was lost: {reason}"))
+                # Others may have lost theirs at the same time, and each have relied on the other.
+                if self._records.holders(image.id):
+                    return
+            self._records.update(image.failed(f"the image was lost: {reason}"))
         except (Conflict, NotFound) as error:
             log.info("lost image settled otherwise", image=image.id, reason=str(error))
 

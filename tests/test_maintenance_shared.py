@@ -119,6 +119,15 @@ class TestHolders:
         assert records.get(image.id) == image
         assert records.holding == {image.id: {OTHER.id}}
 
+    def test_lost_here_and_there_at_once(self, rooms: Rooms, records: SharedRecords) -> None:
+        """Two members that find their copies lost do not each rely on the other's."""
+        image = complete(rooms)
+        records.holding[image.id].add(OTHER.id)
+        rooms.disk.delete(image.id)
+        rooms.faults.at("release", 1, lambda: records.holding[image.id].discard(OTHER.id))
+        rooms.maintenance.start_sweep()
+        assert records.get(image.id).status is Status.ERROR
+
     def test_lost_here_and_held_by_nobody(self, rooms: Rooms, records: SharedRecords) -> None:
         """Then it is lost."""
         image = complete(rooms)

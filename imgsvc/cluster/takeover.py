@@ -169,7 +169,7 @@ class Takeover:
             except NotFound:
                 continue  # deletions are told in another way
             # Of a revision that is not newer than what was written here, nobody else knows anything.
-            if known.revision > revision and (not known.in_transfer or known.owner not in (None, self._member)):
+            if known.revision > revision and (not known.in_transfer or known.owner != self._member):
                 reason = Conflict("the transfer was taken over or ended by another member, as this one was away")
                 self._transfers.cancel(image_id, reason)
 

@@ -283,17 +283,20 @@ def test_what_is_taken_over_is_let_go(hosts: list[Host]) -> None:
 
 
 def test_what_this_member_transfers_is_not_taken_over(hosts: list[Host]) -> None:
-    """Though its own lease has just ended, and nobody is on record as the owner: it will be again."""
+    """Though nobody is on record as the owner, as when its lease has just ended: it will be again."""
     host, *_ = hosts
     waiting, running = host.post(2)
-    transfer = host.rooms.transfers.fetch(running)
-    upload = host.rooms.uploads.create(ImageType.KVM, "", 10, "", "").image
-    host.die()
+    fetch, upload = host.rooms.transfers.fetch(running), host.rooms.upload(10)
+    fetch.start(10)
+    images = [stored(host, each) for each in (waiting, running, upload.image)]
+    for image in images:
+        host.records.etcd.delete(Layout(host.prefix).owner(image.id))
     host.sees(lambda records: all(known.owner is None for known in records.mirror.in_transfer()))
     for _ in range(4):
         host.look(after=1)
-    assert host.rooms.claims() == {waiting.id, running.id, upload.id}
-    assert transfer.cancelled is None
+    assert [stored(host, image) for image in images] == images
+    assert (fetch.cancelled, upload.cancelled) == (None, None)
+    assert host.rooms.claims() == {image.id for image in images}
     assert host.rooms.take_turns().count(waiting.id) == 1
 
 

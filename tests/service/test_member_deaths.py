@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.client import Connection
-from tests.cluster_of_three import LEASE, ClusterOfThree, Member
+from tests.cluster_of_three import LEASE, ClusterOfThree, Member, StartCluster
 from tests.etcd_cluster import EtcdCluster
 from tests.harness import wait_for
 from tests.service.conftest import StartService, on_etcd
@@ -20,6 +20,8 @@ from tests.source import Resource
 from tests.tus import Tus, id_of
 
 MIB = 1 << 20
+# For members that are there to drop what is deleted: two seconds, on a machine with time.
+STOPS = 3.0
 # Within which nothing is left in transfer without a live owner.
 SETTLED = 3.0 * LEASE
 # Fetches at once, and those that wait behind them.
@@ -162,6 +164,66 @@ def test_a_member_that_is_frozen(cluster: ClusterOfThree) -> None:
     assert_fetched(cluster, fetch, live)
     assert len(cluster.source.asked(fetch.path)) == 2
     assert frozen.stored() & {fetch.id, uploaded} == set()
+
+
+@pytest.mark.parametrize("away", ["frozen", pytest.param("killed", marks=pytest.mark.release)])
+def test_deletion_while_a_member_is_away(cluster: ClusterOfThree, away: str) -> None:
+    """Whoever is asked: every member that is there drops its copy and stops its transfer within two seconds, and the one
+    that is away as soon as it is back."""
+    one, other, lost = cluster.members
+    image_id, kept = one.upload(os.urandom(MIB))["id"], one.upload(b"kept")["id"]
+    (fetch,) = fetching(cluster, other, 1)
+    for member in (other, lost):
+        member.download(image_id)
+        wait_for(lambda member=member: image_id in member.stored(), 5, "it has a copy")  # type: ignore[misc]
+    wait_for(lambda: len(cluster.stored()[image_id].replicas) == 3, 5, "all have copies")
+    lost.freeze() if away == "frozen" else lost.kill()
+    for deleted in (image_id, fetch.id):
+        assert one.delete(deleted).status == 200
+        wait_for(lambda: not any(holds(member, deleted) for member in (one, other)), STOPS, "it is gone")  # noqa: B023
+    assert cluster.source.asked(fetch.path)[0].closed.is_set()
+    assert not {image_id, fetch.id} & cluster.stored().keys()
+    assert image_id in lost.stored()
+    cluster.start()
+    wait_for(lambda: not holds(lost, image_id), 10, "the copy is gone")
+    for member in cluster.members:
+        assert member.get(f"/images/{image_id}").status == 404
+    assert kept in one.stored()
+
+
+def holds(member: Member, image_id: str) -> bool:
+    return image_id in member.stored() | member.incoming()
+
+
+@pytest.mark.release
+def test_a_member_that_is_cut_from_etcd(start_cut_cluster: StartCluster) -> None:
+    """It serves what it has, and says how old its knowledge is; what it was bringing in is taken over. When it is back it
+    gives way."""
+    cluster = start_cut_cluster(cluster_replicas=1)
+    cut, *others = cluster.members
+    live = {member.id for member in others}
+    kept = cut.upload(b"kept")["id"]
+    (fetch,) = fetching(cluster, cut, 1)
+    with cut.connect(timeout=30) as connection:
+        uploaded = begin_upload(cut, connection, 2 * MIB, bytes(MIB))
+        cluster.cut_from_etcd(cut)
+        wait_for(lambda: owners(cluster, [fetch]) <= live, 1.5 * SETTLED, "another has taken over")
+        others[0].wait_status(uploaded, "error", timeout=SETTLED)
+        answer = cut.download(kept)
+        assert (answer.status, answer.body) == (200, b"kept")
+        assert int(answer.headers["X-Imgsvc-Stale"]) >= LEASE
+        assert {image["id"] for image in cut.images()} == {kept, fetch.id, uploaded}
+        assert not connection.readable(0)
+        cluster.heal()
+        assert connection.readable(15), "the uploader was not told"
+        assert connection.answer().status == 409
+    first, second = cluster.source.asked(fetch.path)
+    assert first.closed.wait(5), "the source is still read by two"
+    assert not second.closed.is_set()
+    fetch.resource.resume()
+    others[0].wait_status(fetch.id, "complete")
+    assert_fetched(cluster, fetch, live)
+    assert cut.incoming() == set()
 
 
 @pytest.mark.release
