@@ -257,11 +257,19 @@ class Transfer:
                 if self.image.download_start is not None and self.size != self.image.size:
                     self.image = self._settlements.write(self.image.progressed(self.size))
                 else:
-                    self._records.get(self.image.id)
+                    self._check_record()
             except NotFound:
                 self.cancel(Conflict("the image was deleted during its transfer"))
             except Conflict:
                 self.cancel(Conflict("the image was ended by somebody else during its transfer"))
+
+    def _check_record(self) -> None:
+        """Raises NotFound or Conflict when this is not what brings the image in any more."""
+        stored = self._records.get(self.image.id)
+        if stored.revision == self.image.revision:
+            return
+        if not stored.in_transfer or not self._records.may_own(stored.id):
+            raise Conflict(f"image {stored.id} has changed since it was written here")
 
     def _requeue(self) -> None:
         try:

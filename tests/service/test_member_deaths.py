@@ -120,8 +120,10 @@ def test_a_member_that_is_killed(cluster: ClusterOfThree) -> None:
     assert uploaded not in lost.incoming() | lost.stored()
 
 
-def test_a_member_that_is_back_before_its_lease_ends(cluster: ClusterOfThree) -> None:
+@pytest.mark.release
+def test_a_member_that_is_back_before_its_lease_ends(start_cluster: StartCluster) -> None:
     """It settles its own as ever, on a new lease: the end of the old one takes nothing away from it."""
+    cluster = start_cluster(cluster_replicas=1, cluster_lease_ttl=6)
     lost, other, _ = cluster.members
     (fetch,) = fetching(cluster, lost, 1)
     with Connection(lost.port) as connection:
@@ -129,7 +131,7 @@ def test_a_member_that_is_back_before_its_lease_ends(cluster: ClusterOfThree) ->
         lost.kill()
     lost.start()
     assert "stopped" in other.image(uploaded)["error"]
-    time.sleep(1.2 * LEASE)
+    time.sleep(7)
     assert cluster.stored()[fetch.id].owner == lost.id
     fetch.resource.resume()
     other.wait_status(fetch.id, "complete")
