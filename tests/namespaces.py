@@ -63,9 +63,11 @@ HERE = Place()
 
 
 class Network:
-    """Hosts on one wire. A context manager; programs in it must have ended when it does."""
+    """Hosts on one wire, whose addresses begin with `net`. A context manager; programs in it must have ended when it
+    does."""
 
-    def __init__(self) -> None:
+    def __init__(self, net: str = "10.77.0") -> None:
+        self._net = net
         self._open: list[int] = []
         self._cuts: set[tuple[Place, Place]] = set()
         self._slow: set[Place] = set()
@@ -85,7 +87,7 @@ class Network:
     def host(self) -> Place:
         """A new one, which reaches all others."""
         number = len(self._open)
-        place = self._new(f"10.77.0.{number}")
+        place = self._new(f"{self._net}.{number}")
         _ip(
             self._wire,
             f"link add name port{number} type veth peer name eth0 netns {place.namespace}",
