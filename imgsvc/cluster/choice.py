@@ -42,8 +42,12 @@ class Choice:
 
     def holders(self, image: Image) -> Sequence[LiveMember]:
         """The other live members that are on record as holding the image."""
-        on_record, live = self._on_record(image), self._mirror.members()
-        return [live[member] for member in sorted(on_record - {self._member_id}) if member in live]
+        live = self._mirror.members()
+        return [live[member] for member in sorted(self.others(image)) if member in live]
+
+    def others(self, image: Image) -> set[str]:
+        """The ids of those that are on record as holding the image, live or not."""
+        return self._on_record(image) - {self._member_id}
 
     def is_complete(self, image_id: str) -> bool:
         """Whether there is such an image and it is complete, as far as the mirror knows."""

@@ -94,7 +94,11 @@ class Supply:
 
     def nobody(self, image: Image, why: str) -> PeerFailed:
         """What is to be raised when no member gives the bytes."""
-        names = ", ".join(f"{holder.id} at {holder.url}" for holder in self.holders(image)) or "no live member"
+        live = {holder.id: holder for holder in self.holders(image)}
+        names = ", ".join(
+            f"{member} at {live[member].url}" if member in live else f"{member}, which is not live"
+            for member in sorted(self.choice.others(image))
+        )
         return PeerFailed(f"the image could not be had from the members that hold it ({names}): {why}")
 
     def close(self) -> None:

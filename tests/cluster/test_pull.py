@@ -168,7 +168,8 @@ def test_nobody_goes_on(members: Members, broken: Resource) -> None:
     other = members.serve(image, body)
     members.others[other].serve(members.path(image), lambda _exchange: next(answers, Resource(status=500)))
     reader = members.read(image)
-    with pytest.raises(Unavailable, match=other):
+    members.hold(image, "dead")
+    with pytest.raises(Unavailable, match=f"{other} at {members.others[other].url}, dead, which is not live"):
         reader.whole()
     assert body.startswith(reader.body)
     check_not_kept(members, image.id)
