@@ -112,6 +112,11 @@ def modified_at(key: str, revision: int) -> Comparison:
     return etcdrpc.Compare(target=etcdrpc.Compare.MOD, key=raw(key), mod_revision=revision)
 
 
+def none_between(key: str, end: str) -> Comparison:
+    """Whether there is no key from `key` up to `end`."""
+    return etcdrpc.Compare(target=etcdrpc.Compare.CREATE, key=raw(key), range_end=raw(end), create_revision=0)
+
+
 def has_value(key: str, value: str) -> Comparison:
     """Whether the key exists and has this value."""
     return etcdrpc.Compare(target=etcdrpc.Compare.VALUE, key=raw(key), value=value.encode())

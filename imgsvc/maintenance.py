@@ -148,12 +148,7 @@ class Maintenance:
         """This member cannot serve a complete image that it should hold."""
         log.error("image lost here", image=image.id, reason=reason)
         try:
-            if self._records.holders(image.id):
-                self._records.release(image.id)
-                # Others may have lost theirs at the same time, and each have relied on the other.
-                if self._records.holders(image.id):
-                    return
-            self._records.update(image.failed(f"the image was lost: {reason}"))
+            self._records.lose_copy(image.failed(f"the image was lost: {reason}"), lambda: True)
         except (Conflict, NotFound) as error:
             log.info("lost image settled otherwise", image=image.id, reason=str(error))
 

@@ -220,13 +220,8 @@ class Scrub:
             image = self._records.get(judged.id)
             if image.status is not Status.COMPLETE or (image.revision != judged.revision and self._has_bytes(image)):
                 return True
-            if self._records.holders(image.id):
-                self._records.release(image.id)
-                # Others may have found the same of theirs at the same time, and each have relied on the other.
-                if self._records.holders(image.id):
-                    log.info("copy released", image=image.id)
-                    return True
-            self._records.update(image.progressed(0).failed(reason))
+            if not self._records.lose_copy(image.progressed(0).failed(reason), lambda: True):
+                log.info("copy released", image=image.id)
         except NotFound:
             return True
         except Conflict:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from imgsvc.metadata.image import Image, Status
 from imgsvc.metadata.memory import MemoryMetadataStore
@@ -50,6 +50,13 @@ class SharedRecords(MemoryMetadataStore):
 
     def release(self, image_id: str) -> None:
         self.holding.get(image_id, set()).discard(self._member.id)
+
+    def lose_copy(self, failed: Image, is_gone: Callable[[], bool]) -> bool:
+        lost = not self.holders(failed.id)
+        if lost:
+            return super().lose_copy(failed, is_gone)
+        self.release(failed.id)
+        return False
 
     def holders(self, image_id: str) -> Sequence[str]:
         self.get(image_id)

@@ -124,7 +124,7 @@ class TestHolders:
         image = complete(rooms)
         records.holding[image.id].add(OTHER.id)
         rooms.disk.delete(image.id)
-        rooms.faults.at("release", 1, lambda: records.holding[image.id].discard(OTHER.id))
+        rooms.faults.at("lose_copy", 1, lambda: records.holding[image.id].discard(OTHER.id))
         rooms.maintenance.start_sweep()
         assert records.get(image.id).status is Status.ERROR
 
@@ -145,7 +145,7 @@ class TestHolders:
             records.holding.clear()
 
         def plan(_number: int, call: str) -> None:
-            if call in ("hold", "holders"):
+            if call in ("hold", "lose_copy"):
                 records.delete(image.id)
 
         rooms.faults.plan = plan

@@ -173,7 +173,7 @@ class TestMeanwhile:
                 put(rooms.disk, image.id, BODY)
             rooms.base.update(rooms.base.update(failed.requeued()).completed(len(BODY), DIGEST))
 
-        self.when("update", rooms, fetch_again)
+        self.when("lose_copy", rooms, fetch_again)
         scrub(rooms)
         rooms.faults.heal()
         assert rooms.base.get(image.id).status is (Status.COMPLETE if whole else Status.ERROR)
@@ -241,11 +241,11 @@ class TestTrouble:
         """As soon as its store takes it."""
         image = complete(rooms)
         rot(rooms, image)
-        rooms.faults.next("update", fault, times=3)
+        rooms.faults.next("lose_copy", fault, times=3)
         assert scrub(rooms)[image.id].outcome is Outcome.DAMAGED
         check_aside(rooms, image)
 
-    @pytest.mark.parametrize("call", ["page", "get", "holders"])
+    @pytest.mark.parametrize("call", ["page", "get", "lose_copy"])
     def test_records_that_are_away(self, rooms: Rooms, call: str) -> None:
         """The pass waits for them."""
         other = max((complete(rooms) for _ in range(2)), key=lambda image: image.id)
@@ -269,7 +269,7 @@ class TestTrouble:
         closing_down = threading.Event()
 
         def plan(_number: int, name: str) -> Fault | None:
-            if name != "update":
+            if name != "lose_copy":
                 return None
             closing_down.set()
             return LOST
@@ -354,7 +354,7 @@ class TestShared:
         rot(rooms, image)
 
         def plan(_number: int, name: str) -> None:
-            if name == "release":
+            if name == "lose_copy":
                 records.holding[image.id].discard(OTHER.id)
 
         rooms.faults.plan = plan

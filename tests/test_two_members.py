@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from typing import Any
 
 import pytest
 
 from imgsvc.errors import Conflict, FetchFailed, ImgsvcError
 from imgsvc.images.memory import MemoryImageStore
 from imgsvc.metadata.image import Image, ImageType, Status
+from imgsvc.scrub import Scrub
 from imgsvc.transfer import Transfer
+from imgsvc.whole import Pace
 from tests.etcd_cluster import EtcdCluster
 from tests.flaky import UNKNOWN
 from tests.harness import wait_for
-from tests.images.helpers import content
+from tests.images.helpers import content, put
+from tests.left_behind import BODY, complete
 from tests.metadata.etcd_store import OwnedEtcdStore, new_member, open_store
 from tests.rooms import Rooms, feed_and_finish
 
@@ -135,3 +140,58 @@ def end_ownership(host: Rooms) -> None:
 def member_of(host: Rooms) -> str:
     assert isinstance(host.base, OwnedEtcdStore)
     return host.base.member.id
+
+
+def before_writing(host: Rooms, image_id: str, happens: Callable[[], object]) -> None:
+    """Right before the host's next write to keys of the image, something else happens."""
+    assert isinstance(host.base, OwnedEtcdStore)
+    etcd = host.base.etcd
+    writes: dict[str, Callable[..., Any]] = {"transact": etcd.transact, "delete": etcd.delete}
+
+    def late(name: str) -> Callable[..., Any]:
+        def write(*args: Any, **kwargs: Any) -> Any:
+            if image_id in str(args):
+                vars(etcd).update(writes)
+                happens()
+            return writes[name](*args, **kwargs)
+
+        return write
+
+    vars(etcd).update({name: late(name) for name in writes})
+
+
+def scrub(host: Rooms) -> None:
+    list(Scrub(host.images, host.records, Pace(0), threading.Event()).run())
+
+
+def sweep(host: Rooms) -> None:
+    host.maintenance.start_sweep()
+
+
+@pytest.mark.parametrize("find", [scrub, sweep])
+def test_a_copy_that_comes_while_the_last_one_is_condemned(hosts: list[Rooms], find: Callable[[Rooms], None]) -> None:
+    """It is the last one then: the image stays complete, and who has it on record."""
+    one, two = hosts
+    image = complete(one)
+    one.disk.delete(image.id)
+    put(two.disk, image.id, BODY)
+    before_writing(one, image.id, lambda: two.base.hold(image.id))
+    find(one)
+    found = one.base.get(image.id)
+    assert (found.status, found.replicas) == (Status.COMPLETE, (member_of(two),))
+
+
+@pytest.mark.parametrize("other", [scrub, sweep])
+@pytest.mark.parametrize("find", [scrub, sweep])
+def test_two_that_lose_it_at_once(
+    hosts: list[Rooms], find: Callable[[Rooms], None], other: Callable[[Rooms], None]
+) -> None:
+    """Neither relies on the other: the image is in error, and can be fetched again."""
+    one, two = hosts
+    image = complete(one)
+    two.base.hold(image.id)
+    one.disk.delete(image.id)
+    before_writing(one, image.id, lambda: other(two))
+    find(one)
+    found = one.base.get(image.id)
+    assert (found.status, found.replicas) == (Status.ERROR, ())

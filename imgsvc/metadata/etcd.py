@@ -25,6 +25,7 @@ from imgsvc.etcd_messages import (
     read,
     when,
 )
+from imgsvc.metadata.etcd_copies import LostCopies
 from imgsvc.metadata.etcd_images import Found, grouped, is_foreign, parsed, read_note
 from imgsvc.metadata.etcd_keys import ImageKeys, Transacted
 from imgsvc.metadata.etcd_transfers import Leases, OwnTransfers, document_of
@@ -61,6 +62,7 @@ class EtcdMetadataStore:
         self._mirror = mirror
         self._keys = ImageKeys(etcd, self._layout, mirror)
         self._transfers = OwnTransfers(self._keys, self._layout, member, leases)
+        self._lost = LostCopies(self._keys, self._layout, member.id)
         self._follower = None if mirror is None else Follower(etcd, self._layout, mirror)
 
     @property
@@ -197,6 +199,9 @@ class EtcdMetadataStore:
             with contextlib.suppress(NotFound):
                 self.hold(image_id)
         return done.succeeded
+
+    def lose_copy(self, failed: Image, is_gone: Callable[[], bool]) -> bool:
+        return self._lost.lose(failed, is_gone)
 
     def holders(self, image_id: str) -> Sequence[str]:
         """While etcd is away, what is remembered; then those that are not live have no address."""

@@ -51,13 +51,16 @@ class Found:
     @property
     def notes(self) -> dict[str, dict[str, str]]:
         """What each member that holds the bytes has noted, by its id."""
-        return {
-            name.removeprefix(f"{REPLICAS}/"): read_note(item) for name, item in self.parts.items() if is_replica(name)
-        }
+        return {member: read_note(item) for member, item in self.notes_by_member.items()}
+
+    @property
+    def notes_by_member(self) -> dict[str, KeyValue]:
+        """The same, as etcd has it."""
+        return {name.removeprefix(f"{REPLICAS}/"): item for name, item in self.parts.items() if is_replica(name)}
 
     @property
     def replicas(self) -> tuple[str, ...]:
-        return tuple(sorted(name.removeprefix(f"{REPLICAS}/") for name in self.parts if is_replica(name)))
+        return tuple(sorted(self.notes_by_member))
 
     @property
     def known(self) -> Known | None:

@@ -113,6 +113,16 @@ class MetadataStore(Protocol):
         """As `release`, but only while every other member of `keep` is on record as holding the bytes, of which there
         must be one: so two members cannot each rely on the other. False when that is not so; then the note stays."""
 
+    def lose_copy(self, failed: Image, is_gone: Callable[[], bool]) -> bool:
+        """This member's copy is no good. As `release` while others are on record as holding the bytes, and False; else
+        as `update` to `failed`, which is the complete image in `error`, and True. That is one step: a note that another
+        makes meanwhile stays, with the record, and two members that lose theirs cannot each rely on the other. Safe to
+        be repeated, as `update` is.
+
+        `is_gone` says whether the copy is still no good. It is asked when the note that may go is known, so that the note
+        of a new copy stays. Raises Conflict when it says no, or when the record has another revision.
+        """
+
     def holders(self, image_id: str) -> Sequence[str]:
         """Names, for a person, each other member that holds the bytes."""
 

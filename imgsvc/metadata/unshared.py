@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
+from imgsvc.errors import Conflict
 from imgsvc.metadata.image import Image, Status
 from imgsvc.metadata.store import Entry, Member
 
@@ -15,6 +16,9 @@ class Unshared:
     _member: Member
 
     def get(self, image_id: str) -> Image:
+        raise NotImplementedError
+
+    def update(self, image: Image) -> Image:
         raise NotImplementedError
 
     @property
@@ -44,6 +48,12 @@ class Unshared:
     def drop_copy(self, image_id: str, keep: Collection[str]) -> bool:  # noqa: ARG002 - there is no other copy
         self.get(image_id)
         return False
+
+    def lose_copy(self, failed: Image, is_gone: Callable[[], bool]) -> bool:
+        if not is_gone():
+            raise Conflict(f"the bytes of image {failed.id} are here again")
+        self.update(failed)
+        return True
 
     def holders(self, image_id: str) -> Sequence[str]:
         self.get(image_id)

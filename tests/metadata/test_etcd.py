@@ -317,6 +317,50 @@ class TestSharing:
         )
         assert f"{store.member.id} at http://one.example:20000" in other.holders(held.id)
 
+    def test_one_copy_of_two_is_lost(self, store: OwnedEtcdStore, other: OwnedEtcdStore) -> None:
+        """The image stays, and the other's note; when that one is lost as well, the image is."""
+        held = store.update(store.create(image()).completed(1, "ab"))
+        other.hold(held.id)
+        failed = held.failed("it rotted")
+        assert not store.lose_copy(failed, lambda: True)
+        assert not store.lose_copy(failed, lambda: True)
+        assert store.get(held.id) == dataclasses.replace(held, replicas=(other.member.id,))
+        assert other.lose_copy(failed, lambda: True)
+        assert (store.get(held.id).status, store.get(held.id).replicas) == (Status.ERROR, ())
+
+    def test_copies_that_come_and_go_while_one_is_lost(self, store: OwnedEtcdStore, other: OwnedEtcdStore) -> None:
+        """What is compared are the notes as they are when it is written."""
+        held = store.update(store.create(image()).completed(1, "ab"))
+        changes = iter([partial(other.hold, held.id), partial(other.release, held.id), partial(other.hold, held.id)])
+
+        def meanwhile() -> bool:
+            next(changes, lambda: None)()
+            return True
+
+        assert not store.lose_copy(held.failed("it rotted"), meanwhile)
+        assert store.get(held.id) == dataclasses.replace(held, replicas=(other.member.id,))
+
+    @pytest.mark.parametrize("others", [False, True])
+    def test_a_copy_that_comes_back_while_it_is_lost(
+        self, store: OwnedEtcdStore, other: OwnedEtcdStore, *, others: bool
+    ) -> None:
+        """Its new note stays."""
+        held = store.update(store.create(image()).completed(1, "ab"))
+        if others:
+            other.hold(held.id)
+        looks: list[None] = []
+
+        def is_gone() -> bool:
+            """At the first look it is; then it comes."""
+            looks.append(None)
+            store.hold(held.id)
+            return len(looks) == 1
+
+        with pytest.raises(Conflict):
+            store.lose_copy(held.failed("it rotted"), is_gone)
+        assert store.get(held.id).revision == held.revision
+        assert store.member.id in (store.get(held.id).replicas or ())
+
     def test_a_predecessor(self, etcd: EtcdCluster, etcd_prefix: str, store: OwnedEtcdStore, member: Member) -> None:
         """A member whose directory has lost its marker is told what it held before, and counts as no other."""
         held = store.update(store.create(image()).completed(1, "ab"))
@@ -404,6 +448,13 @@ class TestLostAnswers:
         assert current == unlucky.get(created.id)
         unlucky.update(current.completed(5, "ab"))
 
+    def test_losing_the_last_copy(self, unlucky: OwnedEtcdStore, proxy: LossyProxy) -> None:
+        """So does the record of an image that is lost."""
+        held = unlucky.update(unlucky.create(image(SOURCE)).completed(5, "ab"))
+        proxy.lose_answers()
+        assert unlucky.lose_copy(held.failed("it rotted"), lambda: True)
+        assert unlucky.get(held.id).status is Status.ERROR
+
     def test_delete(self, unlucky: OwnedEtcdStore, proxy: LossyProxy, raw: Raw) -> None:
         """So does the transaction of a delete, and knows what it deleted; a later delete finds nothing."""
         created = unlucky.create(image(SOURCE))
@@ -470,11 +521,19 @@ class TestFull:
             store = stack.enter_context(closing(open_store(cluster.endpoints, "/full")))
             raw = stack.enter_context(closing(Raw(cluster.endpoints[0], "/full")))
             created = store.create(image(SOURCE))
+            held = store.update(store.create(image()).completed(1, "ab"))
+            raw.put(f"/images/{held.id}/replicas/other", "{}")
             cluster.fill()
             with pytest.raises(NoSpace):
                 store.create(image())
             with pytest.raises(NoSpace):
                 store.update(created.started(5))
+            assert not store.lose_copy(held.failed("it rotted"), lambda: True)
+            assert store.get(held.id).replicas == ("other",)
+            raw.delete(f"/images/{held.id}/replicas/other")
+            with pytest.raises(NoSpace):
+                store.lose_copy(held.failed("it rotted"), lambda: True)
+            store.delete(held.id)
             assert listed(store) == [created]
             assert store.delete(created.id) == created
             assert raw.all() == {}

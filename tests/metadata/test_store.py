@@ -356,6 +356,26 @@ class TestSurroundings:
         store.release(created.id)
         store.update(created.failed("an update of what was created"))
 
+    def test_the_last_copy_is_lost(self, store: MetadataStore) -> None:
+        """The image goes with it, also when that is said twice, but not at another revision."""
+        current = store.update(store.create(image(SOURCE)).completed(5, "ab"))
+        failed = current.failed("the bytes have rotted")
+        assert store.lose_copy(failed, lambda: True)
+        found = entry(store, current.id)
+        assert (found.image.error, found.owner, found.here) == ("the bytes have rotted", None, False)
+        with pytest.raises(Conflict):
+            store.lose_copy(current.failed("for another reason"), lambda: True)
+        assert store.get(current.id) == found.image
+        with pytest.raises(NotFound):
+            store.lose_copy(image().failed("never there"), lambda: True)
+
+    def test_a_copy_that_is_not_lost(self, store: MetadataStore) -> None:
+        """Who finds at the last moment that the bytes are there changes nothing."""
+        current = store.update(store.create(image(SOURCE)).completed(5, "ab"))
+        with pytest.raises(Conflict):
+            store.lose_copy(current.failed("the bytes have rotted"), lambda: False)
+        assert entry(store, current.id) == Entry(current, owner=None, here=True)
+
     def test_holders_names_others_only(self, store: MetadataStore) -> None:
         """This member is no other."""
         current = store.update(store.create(image()).completed(5, "ab"))
