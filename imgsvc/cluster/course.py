@@ -77,10 +77,12 @@ class Course:
             raise Unavailable("the image is not kept here")
         return self._writer.follow(self._size)
 
-    def wait(self, follower: object, offset: int, wake: Callable[[], None]) -> None:
-        """Has `wake` called once: when the byte at `offset` is there, and at any turn that the pull takes."""
+    def wait(self, follower: object, offset: int, attempt: int | None, wake: Callable[[], None]) -> None:
+        """Has `wake` called once: when the byte at `offset` is there, and at any turn that the pull takes, or has taken
+        since the `attempt` of which something was read."""
         with self._lock:
-            if self._error is None and self._passed_on is None and offset >= self._limit():
+            turned = self._error is not None or self._passed_on is not None or attempt not in (None, self._attempt)
+            if not turned and offset >= self._limit():
                 self._waiting[follower] = (offset, wake)
                 return
         wake()

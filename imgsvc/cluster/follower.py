@@ -50,7 +50,7 @@ class Follower:
             whole = self._in_order == offset == passed_on.position
             self._relay = self._make_relay(offset, passed_on.digest if whole else None)
         if self._relay is None:
-            self._pull.course.wait(self, offset, wake)
+            self._pull.course.wait(self, offset, self._attempt, wake)
         else:
             self._relay.wait(offset, length, wake)
 
