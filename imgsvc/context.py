@@ -23,6 +23,7 @@ from imgsvc.checks import Checks
 from imgsvc.cluster.cache import Cache
 from imgsvc.cluster.choice import Choice
 from imgsvc.cluster.copies import Copies
+from imgsvc.cluster.history import History
 from imgsvc.cluster.orders import Orders
 from imgsvc.cluster.peers import Peers, Signatures
 from imgsvc.cluster.presence import has_room
@@ -110,7 +111,9 @@ class Context:
             self.signatures = Signatures(settings.cluster.secret, member.id)
             self.peers = Peers(self.signatures, settings.cluster.peer_timeout)
             self.mirror = Mirror() if settings.metadata_store.type == "etcd" else None
-            self.records, self._membership = _open_records(settings, member, opened, self._this, self.mirror)
+            self.records, self._membership = _open_records(
+                settings, member, opened, self._this, self.mirror, position=self.images.remembered("records")
+            )
             self._wire()
             self._opened = opened.pop_all()
 
@@ -149,6 +152,7 @@ class Context:
             self.images, self.records, self.transfers, settlements, expire=self.settings.uploads.expire
         )
         self._takeover = None if self.mirror is None else self._new_takeover(self.mirror)
+        self._history = History(self.images, lambda: self.records.position)
         self._maintenance = Maintenance(self.images, self.records, self.fetcher, self.uploads, self._digests)
         self.copies = Copies(self.pulls, self.records.get, self._has)
         self.checks = Checks(
@@ -208,6 +212,7 @@ class Context:
         self._digests.start()
         self._scrubber.start()
         if self.mirror is not None:
+            self._history.start()
             self.checks.start()
             self.mirror.listen(self.pulls.changed)
             self._replicator.start()
@@ -257,6 +262,7 @@ class Context:
         self.fetcher.close()
         self.uploads.close()
         self.transfers.close()
+        self._history.close()
         self._opened.close()
 
     def _is_trusted(self) -> bool:
@@ -347,12 +353,14 @@ def _open_records(
     opened: contextlib.ExitStack,
     this: ThisMember | None = None,
     mirror: Mirror | None = None,
+    *,
+    position: str = "",
 ) -> tuple[MetadataStore, Membership | None]:
-    """`this` is the member that transfers, `mirror` is what is to be filled; None for a work beside it. Where records
-    are not shared, there is no membership."""
+    """`this` is the member that transfers, `mirror` is what is to be filled; None for a work beside it. `position` is
+    how far the last run had come. Where records are not shared, there is no membership."""
     wanted = settings.metadata_store
     if wanted.type == "etcd":
-        return _open_etcd(settings, member, opened, this, mirror)
+        return _open_etcd(settings, member, opened, this, mirror, position=position)
     if wanted.type == "memory":
         return MemoryMetadataStore(member), None
     _make_data_dir(settings, wanted.filename)
@@ -371,6 +379,8 @@ def _open_etcd(
     opened: contextlib.ExitStack,
     this: ThisMember | None,
     mirror: Mirror | None,
+    *,
+    position: str,
 ) -> tuple[MetadataStore, Membership | None]:
     # Late: who does without etcd need not load gRPC.
     from imgsvc.cluster.membership import Membership, NoLease  # noqa: PLC0415
@@ -397,7 +407,7 @@ def _open_etcd(
             )
         ttl = settings.cluster.lease_ttl
         membership = _opened(opened, Membership(etcd, wanted.prefix, this, seat=_seat(settings), ttl=ttl))
-    store = EtcdMetadataStore(etcd, wanted.prefix, member, membership or NoLease(), mirror)
+    store = EtcdMetadataStore(etcd, wanted.prefix, member, membership or NoLease(), mirror, position=position)
     return _opened(opened, store), membership
 
 

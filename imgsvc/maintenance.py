@@ -52,7 +52,7 @@ class Maintenance:
                 if entry.image.status is Status.COMPLETE:
                     self._check_complete(entry, stored)
                 elif entry.image.in_transfer:
-                    to_fetch += self._check_transfer(entry, stored, unfinished)
+                    to_fetch += self._check_transfer(entry, stored, unfinished, identity)
         if self._images.marked_for in ("", identity):
             for image_id in unfinished:
                 self._images.unclaim(image_id)
@@ -90,9 +90,12 @@ class Maintenance:
             return traces
         return entry.owner == self._images.member
 
-    def _check_transfer(self, entry: Entry, stored: Collection[str], unfinished: set[str]) -> list[str]:
+    def _check_transfer(self, entry: Entry, stored: Collection[str], unfinished: set[str], identity: str) -> list[str]:
         """The id of the fetch that is to be submitted again, if it is one of ours."""
         image_id = entry.image.id
+        if image_id in stored and self._images.marked_for not in ("", identity):
+            # These records may be older than the image, which was whole.
+            self._images.quarantine(image_id)
         if self._is_ours(entry, traces=image_id in stored or image_id in unfinished):
             unfinished.discard(image_id)
             return self._settle(entry.image)

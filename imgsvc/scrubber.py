@@ -145,7 +145,7 @@ class Scrubber:
 
     def _last_noted(self) -> Progress | None:
         try:
-            return Progress.of_line(self._images.last_scrub())
+            return Progress.of_line(self._images.remembered("scrub"))
         except ImgsvcError as error:
             log.warning("scrub begins anew", reason=str(error))
             return None
@@ -153,6 +153,6 @@ class Scrubber:
     def _note(self, progress: Progress) -> None:
         self._last, self._noted = progress, time.monotonic()
         try:
-            self._images.remember_scrub(progress.to_line())
+            self._images.remember("scrub", progress.to_line())
         except ImgsvcError as error:
             log.warning("scrub not noted", reason=str(error))

@@ -160,6 +160,17 @@ class EtcdCluster:
         """Removes the data of member i, which is not running, as who sets etcd up anew does."""
         shutil.rmtree(Path(self._directory.name) / f"m{i}")
 
+    def save(self, i: int) -> Path:
+        """A copy of the data of member i, which is not running."""
+        copy = Path(self._directory.name) / f"saved-{i}"
+        shutil.copytree(Path(self._directory.name) / f"m{i}", copy)
+        return copy
+
+    def put_back(self, i: int, saved: Path) -> None:
+        """Member i, which is not running, has the data of then again, as who restores a backup has."""
+        self.wipe(i)
+        shutil.move(saved, Path(self._directory.name) / f"m{i}")
+
     def stop(self, i: int) -> None:
         """Freezes member i: its connections stay open, and nothing answers on them."""
         freeze(self._running(i))

@@ -40,13 +40,13 @@ def ago(seconds: float) -> str:
 
 
 def noted(rooms: Rooms) -> Progress:
-    progress = Progress.of_line(rooms.disk.last_scrub())
+    progress = Progress.of_line(rooms.disk.remembered("scrub"))
     assert progress is not None
     return progress
 
 
 def wait_done(rooms: Rooms) -> None:
-    wait_until(lambda: (last := Progress.of_line(rooms.disk.last_scrub())) is not None and last.done)
+    wait_until(lambda: (last := Progress.of_line(rooms.disk.remembered("scrub"))) is not None and last.done)
 
 
 def times_read(rooms: Rooms) -> int:
@@ -80,7 +80,7 @@ def test_passes_follow_each_other(running: ExitStack, rooms: Rooms) -> None:
 def test_a_start_after_a_pass(running: ExitStack, rooms: Rooms, last: float, reads: int) -> None:
     """The next is due an interval after its beginning. A beginning in the future is of a clock that was wrong."""
     complete(rooms)
-    rooms.disk.remember_scrub(Progress(ago(last), done=True).to_line())
+    rooms.disk.remember("scrub", Progress(ago(last), done=True).to_line())
     start(running, rooms)
     if reads:
         wait_until(lambda: times_read(rooms) == reads)
@@ -96,7 +96,7 @@ def test_a_start_in_the_middle(running: ExitStack, place: Place, rooms: Rooms, a
     first, second = sorted(complete(rooms).id for _ in range(2))
     for image_id in (first, second):
         rot(rooms, rooms.base.get(image_id))
-    rooms.disk.remember_scrub(Progress(ago(age), after=first).to_line())
+    rooms.disk.remember("scrub", Progress(ago(age), after=first).to_line())
     after = place.open()
     start(running, after)
     wait_until(lambda: after.base.get(second).status is Status.ERROR)
@@ -140,7 +140,7 @@ def test_off(running: ExitStack, rooms: Rooms, interval: float, rate: int) -> No
 def test_a_note_that_is_none(running: ExitStack, rooms: Rooms, note: str) -> None:
     """A pass begins."""
     complete(rooms)
-    rooms.disk.remember_scrub(note)
+    rooms.disk.remember("scrub", note)
     start(running, rooms)
     wait_done(rooms)
     assert times_read(rooms) == 1
@@ -149,11 +149,11 @@ def test_a_note_that_is_none(running: ExitStack, rooms: Rooms, note: str) -> Non
 def test_a_note_that_cannot_be_kept(running: ExitStack, rooms: Rooms) -> None:
     """On a full disk one pass does not follow the other without end."""
     complete(rooms)
-    rooms.faults.always("remember_scrub", fault=FULL)
+    rooms.faults.always("remember", fault=FULL)
     start(running, rooms)
-    wait_until(lambda: "remember_scrub" in rooms.faults.calls)
+    wait_until(lambda: "remember" in rooms.faults.calls)
     time.sleep(0.2)
-    assert rooms.faults.calls.count("remember_scrub") == 2  # after the first image, and at the end
+    assert rooms.faults.calls.count("remember") == 2  # after the first image, and at the end
     assert times_read(rooms) == 1
 
 

@@ -6,6 +6,7 @@
     {directory}/.quarantine/{id} an image that was set aside; {id}.2, {id}.3 … are later ones of the same id
     {directory}/.imgsvc          the marker: which member's images these are, and to which records they belong
     {directory}/.imgsvc-scrub    how far the scrub got
+    {directory}/.imgsvc-records  how far the records had come, where members share them
 
 Every path is relative to one descriptor of the directory, opened once. So when the file system is unmounted under the
 running service, or another is mounted over it, no byte goes astray to what lies beneath; `ping` notices.
@@ -31,13 +32,13 @@ from imgsvc.errors import ConfigError, Conflict, NotFound, Unavailable
 from imgsvc.images.counting import Count
 from imgsvc.images.directory import Directory, write_all
 from imgsvc.images.files import NOTES, FileReader, FileWriter, disk_full, image_size, translated
-from imgsvc.images.store import ImageReader, ImageWriter, Space, require_id
+from imgsvc.images.store import ImageReader, ImageWriter, Space, Topic, require_id
 from imgsvc.metadata.image import is_id, new_id
 
 _INCOMING = ".incoming"
 _QUARANTINE = ".quarantine"
 _MARKER = ".imgsvc"
-_SCRUB = ".imgsvc-scrub"
+_NOTED = ".imgsvc-"
 _PROBE = ".imgsvc-probe"
 _MARKER_LIMIT = 64 * 1024
 # What may be the id of a member: it is part of keys and of log lines.
@@ -193,15 +194,15 @@ class FilesystemImageStore:
                     if is_id(image_id) and (number.isdecimal() or entry.name == image_id):
                         yield image_id
 
-    def remember_scrub(self, note: str) -> None:
+    def remember(self, topic: Topic, line: str) -> None:
         self._require_marked()
-        with translated("note how far the scrub got"):
-            self._put(_SCRUB, note)
+        with translated(f"note how far the {topic} got"):
+            self._put(_NOTED + topic, line)
 
-    def last_scrub(self) -> str:
-        with translated("look how far the scrub got"):
+    def remembered(self, topic: Topic) -> str:
+        with translated(f"look how far the {topic} got"):
             try:
-                descriptor = self._directory.open(_SCRUB, os.O_RDONLY)
+                descriptor = self._directory.open(_NOTED + topic, os.O_RDONLY)
             except FileNotFoundError:
                 return ""
             try:

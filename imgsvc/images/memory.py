@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from imgsvc.errors import Conflict, NoSpace, NotFound, Unavailable
-from imgsvc.images.store import ImageReader, ImageWriter, Space, require_id
+from imgsvc.images.store import ImageReader, ImageWriter, Space, Topic, require_id
 from imgsvc.metadata.image import new_id
 
 
@@ -22,7 +22,7 @@ class MemoryImageStore:
         self._notes: dict[str, list[str]] = {}
         self._writing: set[str] = set()
         self._quarantined: list[tuple[str, bytearray]] = []
-        self._last_scrub = ""
+        self._noted: dict[str, str] = {}
         self._records: str | None = None
         self._member = self._home = new_id()
         self._closed = False
@@ -125,15 +125,15 @@ class MemoryImageStore:
             self._require_open()
             return iter([image_id for image_id, _ in self._quarantined])
 
-    def remember_scrub(self, note: str) -> None:
+    def remember(self, topic: Topic, line: str) -> None:
         with self._lock:
             self._require_writable()
-            self._last_scrub = note
+            self._noted[topic] = line
 
-    def last_scrub(self) -> str:
+    def remembered(self, topic: Topic) -> str:
         with self._lock:
             self._require_open()
-            return self._last_scrub
+            return self._noted.get(topic, "")
 
     def space(self) -> Space:
         with self._lock:

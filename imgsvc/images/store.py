@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from imgsvc.errors import Invalid
 from imgsvc.metadata.image import is_id
+
+# How far the scrub got; how far the records had come.
+Topic = Literal["scrub", "records"]
 
 
 def require_id(image_id: str) -> str:
@@ -179,10 +182,10 @@ class ImageStore(Protocol):
     def quarantined(self) -> Iterator[str]:
         """The ids of what was set aside, each as often as it was."""
 
-    def remember_scrub(self, note: str) -> None:
-        """Keeps a line about the scrub of these images, durably, instead of the one before."""
+    def remember(self, topic: Topic, line: str) -> None:
+        """Keeps a line about these images, durably, instead of the one before of the same topic."""
 
-    def last_scrub(self) -> str:
+    def remembered(self, topic: Topic) -> str:
         """The line that was kept last; "" when there is none."""
 
     def space(self) -> Space: ...

@@ -54,7 +54,17 @@ class EtcdMetadataStore:
     kept filled, if there is one; without, lists are read from etcd, and deletions are not followed.
     """
 
-    def __init__(self, etcd: Etcd, prefix: str, member: Member, leases: Leases, mirror: Mirror | None = None) -> None:
+    def __init__(
+        self,
+        etcd: Etcd,
+        prefix: str,
+        member: Member,
+        leases: Leases,
+        mirror: Mirror | None = None,
+        *,
+        position: str = "",
+    ) -> None:
+        """`position` is what an earlier run has left, so that an etcd which was restored meanwhile is known as such."""
         self._etcd = etcd
         self._layout = Layout(prefix)
         self._member = member
@@ -63,17 +73,23 @@ class EtcdMetadataStore:
         self._keys = ImageKeys(etcd, self._layout, mirror)
         self._transfers = OwnTransfers(self._keys, self._layout, member, leases)
         self._lost = LostCopies(self._keys, self._layout, member.id)
-        self._follower = None if mirror is None else Follower(etcd, self._layout, mirror)
+        self._follower = None if mirror is None else Follower(etcd, self._layout, mirror, position)
 
     @property
     def identity(self) -> str:
         """Read each time: etcd may be set up anew under a running service. That gives it another name here, but not
-        always another cluster id, which is made of its command line; restored from a snapshot it has another id, but
-        the name that it had."""
+        always another cluster id, which is made of its command line. Restored from a snapshot it may have both as they
+        were; the first member that finds its revision gone back gives it another name."""
+        if self._follower is not None:
+            self._follower.wait_for_position()
         key = self._layout.records
         named = self._etcd.transact([created_at(key, 0)], [put(key, str(uuid.uuid4())), read(key)], [read(key)])
         cluster = self._etcd.range(key).cluster
         return f"etcd:{cluster:x}:{named.found[-1][0].text}{self._layout.prefix}"
+
+    @property
+    def position(self) -> str:
+        return "" if self._follower is None else self._follower.position
 
     @property
     def stale(self) -> float | None:

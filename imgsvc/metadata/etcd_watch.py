@@ -9,16 +9,19 @@ tell.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import structlog
 
+from imgsvc.deadline import time_left
 from imgsvc.errors import ImgsvcError, Unavailable
 from imgsvc.etcd import Compacted, Etcd, Watch
 from imgsvc.etcd_layout import RECORD, Layout, end_of
-from imgsvc.etcd_messages import Change, Changes, KeyValue, Page
+from imgsvc.etcd_messages import Change, Changes, KeyValue, Page, modified_at, put
 from imgsvc.etcd_scan import scan
 from imgsvc.metadata.etcd_deletions import Deletions
 from imgsvc.metadata.etcd_images import changed, grouped, read_member
@@ -42,7 +45,8 @@ log = structlog.get_logger()
 class Follower:
     """Fills the mirror until `close`. `answers` says whether etcd does, as far as is known."""
 
-    def __init__(self, etcd: Etcd, layout: Layout, mirror: Mirror) -> None:
+    def __init__(self, etcd: Etcd, layout: Layout, mirror: Mirror, position: str = "") -> None:
+        """`position` is what an earlier run of this member came to."""
         self._answering = threading.Event()
         self._answering.set()
         self._etcd = etcd
@@ -65,6 +69,7 @@ class Follower:
         # Whether the watch was asked how far it is, and has said nothing since.
         self._asked = False
         self._identity: tuple[int, str] | None = None
+        self._go_on_from(position)
         self._trouble = ""
         self._threads = [
             threading.Thread(target=self._run, name="etcd-watch", daemon=True),
@@ -76,6 +81,17 @@ class Follower:
     @property
     def answers(self) -> bool:
         return self._answering.is_set()
+
+    @property
+    def position(self) -> str:
+        """Which etcd was followed and how far, for the next run; "" before that is known."""
+        identity = self._identity
+        return "" if identity is None else f"{identity[0]:x} {identity[1]} {self._mirror.newest}"
+
+    def wait_for_position(self) -> None:
+        """Returns once it is known which etcd it is. Raises Unavailable when that takes long."""
+        if not self._positioned.wait(time_left(_PATIENCE_SECONDS)):
+            raise Unavailable("the records are about to be read")
 
     def wait(self, seconds: float) -> bool:
         """Whether all has been read once, at the latest after so many seconds."""
@@ -135,7 +151,7 @@ class Follower:
     def _load(self) -> None:
         """Reads all of it, at one revision."""
         newest = self._mirror.newest
-        first = self._etcd.range(self._layout.records, timeout=_ANSWER_SECONDS)
+        first = self._first(newest)
         revision = first.revision
         with self._lock:
             self._positioned.set()
@@ -158,6 +174,28 @@ class Follower:
         if gap_due:
             for listener in self._listeners:
                 listener.tell_gap()
+
+    def _first(self, newest: int) -> Page:
+        """Which etcd it is, and where. One that has gone back was restored from a backup: what it lacks was not
+        deleted. So its records get another name, to which no directory belongs that was filled with the lost ones, and
+        nobody takes what is there for orphans."""
+        key = self._layout.records
+        first = self._etcd.range(key, timeout=_ANSWER_SECONDS)
+        if first.revision >= newest or self._identity != _identity(first) or not first.items:
+            return first
+        log.error(
+            "etcd was restored from a backup: what was recorded since is lost", revision=first.revision, was=newest
+        )
+        named = [put(key, str(uuid.uuid4()))]
+        self._etcd.transact([modified_at(key, first.items[0].modified)], named, timeout=_ANSWER_SECONDS)
+        return self._etcd.range(key, timeout=_ANSWER_SECONDS)
+
+    def _go_on_from(self, position: str) -> None:
+        cluster, _, rest = position.partition(" ")
+        name, _, revision = rest.partition(" ")
+        with contextlib.suppress(ValueError):  # none, or one that is damaged
+            self._identity = (int(cluster, 16), name)
+            self._mirror.reached(int(revision))
 
     def _scan(self, start: str, revision: int) -> Iterator[KeyValue]:
         for item in scan(self._etcd, start, revision=revision, timeout=_PAGE_SECONDS):

@@ -218,6 +218,11 @@ class Mirror:
         """The store's latest revision that anything here is from."""
         return self._newest
 
+    def reached(self, revision: int) -> None:
+        """An earlier run of this member has seen the store at this revision."""
+        with self._lock:
+            self._newest = max(self._newest, revision)
+
     def replace(
         self, known: Iterable[Known], members: Iterable[LiveMember], revision: int = 0, *, anew: bool = False
     ) -> None:

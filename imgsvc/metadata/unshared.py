@@ -15,6 +15,10 @@ class Unshared:
 
     _member: Member
 
+    @property
+    def position(self) -> str:
+        return ""
+
     def get(self, image_id: str) -> Image:
         raise NotImplementedError
 

@@ -149,7 +149,7 @@ def test_order_of_a_commit(
     aside = f"rename {image_id} .quarantine/{image_id}"
     assert calls == ["fsync .", aside, "fsync .quarantine", "fsync ."]
     calls.clear()
-    store.remember_scrub("note")
+    store.remember("scrub", "note")
     assert calls == ["fsync .incoming/.imgsvc-scrub", "rename .incoming/.imgsvc-scrub .imgsvc-scrub", "fsync ."]
 
 

@@ -170,20 +170,22 @@ def test_what_is_set_aside_is_read_to_its_end(store: ImageStore, image_id: str) 
         assert reader.read(0, 7) == b"damaged"
 
 
-def test_the_note_of_the_scrub(store: ImageStore) -> None:
-    """The last one counts."""
-    assert store.last_scrub() == ""
+def test_notes(store: ImageStore) -> None:
+    """The last one of a topic counts."""
+    store.remember("records", "another topic")
+    assert store.remembered("scrub") == ""
     for note in ("a long note, which a short one follows", "short"):
-        store.remember_scrub(note)
-        assert store.last_scrub() == note
+        store.remember("scrub", note)
+        assert store.remembered("scrub") == note
+    assert store.remembered("records") == "another topic"
     assert (list(store.ids()), list(store.unfinished())) == ([], [])
 
 
 def test_no_note_before_mark(fresh_store: ImageStore) -> None:
     """There, too, nothing is written."""
-    assert (fresh_store.last_scrub(), list(fresh_store.quarantined())) == ("", [])
+    assert (fresh_store.remembered("scrub"), list(fresh_store.quarantined())) == ("", [])
     with pytest.raises(Unavailable):
-        fresh_store.remember_scrub("note")
+        fresh_store.remember("scrub", "note")
 
 
 def test_reader_outlives_deletion(store: ImageStore, image_id: str) -> None:
@@ -375,11 +377,11 @@ def test_closed_store(store: ImageStore, image_id: str) -> None:
     for call in BY_ID.values():
         with pytest.raises(Unavailable):
             call(store, image_id)
-    for listing in (store.ids, store.unfinished, store.quarantined, store.last_scrub):
+    for listing in (store.ids, store.unfinished, store.quarantined, lambda: store.remembered("scrub")):
         with pytest.raises(Unavailable):
             list(listing())
     with pytest.raises(Unavailable):
-        store.remember_scrub("note")
+        store.remember("scrub", "note")
     with pytest.raises(Unavailable):
         store.space()
     with pytest.raises(Unavailable):

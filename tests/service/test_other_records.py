@@ -8,6 +8,7 @@ from tests.etcd_cluster import EtcdCluster
 from tests.harness import wait_for
 from tests.service.conftest import StartService, on_etcd
 
+RESTORED = "etcd was restored from a backup: what was recorded since is lost"
 LEFT_ALONE = "images without a record are left alone: the directory was not filled with these records"
 
 
@@ -31,6 +32,37 @@ def test_etcd_is_set_up_anew(start_service: StartService, own_etcd: EtcdCluster,
     wait_for(lambda: service.events(LEFT_ALONE), 5, "the service says that it leaves the images alone")
     assert kept in service.stored()
     assert service.get(f"/images/{kept}").status == 404
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_etcd_is_restored_from_a_backup(start_service: StartService, own_etcd: EtcdCluster, running: bool) -> None:
+    """It is the etcd that it was, and lacks what came since: that was not deleted, and its bytes stay, neither under a
+    running service nor at the next start are they taken for orphans. What the backup has is served as before."""
+    service = start_service(**on_etcd(own_etcd, "/restored"))
+    before = service.upload(b"before")["id"]
+    own_etcd.kill(0)
+    saved = own_etcd.save(0)
+    own_etcd.start(0)
+    own_etcd.wait_healthy()
+    service.wait_ready()
+    since = service.upload(b"since the backup")["id"]
+    if not running:
+        service.terminate()
+    own_etcd.kill(0)
+    own_etcd.put_back(0, saved)
+    own_etcd.start(0)
+    own_etcd.wait_healthy()
+    service.expect_errors(LEFT_ALONE, RESTORED)
+    if not running:
+        service.start()
+    wait_for(lambda: service.events(LEFT_ALONE), 15, "the service says that it leaves the images alone")
+    service.wait_ready()
+    assert service.stored() == {before, since}
+    assert service.download(before).body == b"before"
+    assert service.get(f"/images/{since}").status == 404
+    service.terminate()
+    service.start()
+    assert service.stored() == {before, since}
 
 
 def test_the_directory_of_another_service(start_service: StartService) -> None:
