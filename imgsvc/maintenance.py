@@ -74,7 +74,9 @@ class Maintenance:
         example = ""
         for page in self._records.survey():
             for entry in page:
-                if entry.here and entry.image.status is Status.COMPLETE:
+                # Without a marker nobody knows what id the directory had.
+                expected = entry.here or (entry.was_here and self._images.fresh)
+                if expected and entry.image.status is Status.COMPLETE:
                     if entry.image.id in stored:
                         return
                     example = entry.image.id

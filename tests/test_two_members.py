@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -9,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from imgsvc.errors import Conflict, FetchFailed, ImgsvcError
+from imgsvc.errors import ConfigError, Conflict, FetchFailed, ImgsvcError
 from imgsvc.images.memory import MemoryImageStore
 from imgsvc.metadata.image import Image, ImageType, Status
+from imgsvc.metadata.store import Member
 from imgsvc.scrub import Scrub
 from imgsvc.transfer import Transfer
 from imgsvc.whole import Pace
@@ -29,13 +31,22 @@ SOURCE = "http://source.example/image"
 @pytest.fixture
 def hosts(etcd: EtcdCluster, etcd_prefix: str) -> Iterator[list[Rooms]]:
     with ExitStack() as opened:
-        rooms = []
-        for name in ("one", "two"):
-            records = opened.enter_context(closing(open_store(etcd.endpoints, etcd_prefix, new_member(name))))
-            images = MemoryImageStore()
-            images.mark(records.identity)
-            rooms.append(Rooms(images, records))
-        yield rooms
+        yield [opened_host(opened, etcd, etcd_prefix, new_member(name)) for name in ("one", "two")]
+
+
+@pytest.fixture
+def namesakes(etcd: EtcdCluster, etcd_prefix: str) -> Iterator[list[Rooms]]:
+    """Two hosts that are called the same, with their images at the same path."""
+    with ExitStack() as opened:
+        members = [dataclasses.replace(new_member(), site="localhost:/images") for _ in range(2)]
+        yield [opened_host(opened, etcd, etcd_prefix, member) for member in members]
+
+
+def opened_host(opened: ExitStack, etcd: EtcdCluster, etcd_prefix: str, member: Member) -> Rooms:
+    records = opened.enter_context(closing(open_store(etcd.endpoints, etcd_prefix, member)))
+    images = MemoryImageStore()
+    images.mark(records.identity)
+    return Rooms(images, records)
 
 
 def begun(host: Rooms) -> Transfer:
@@ -195,3 +206,30 @@ def test_two_that_lose_it_at_once(
     find(one)
     found = one.base.get(image.id)
     assert (found.status, found.replicas) == (Status.ERROR, ())
+
+
+@pytest.mark.parametrize("find", [scrub, sweep])
+def test_namesakes(namesakes: list[Rooms], find: Callable[[Rooms], None]) -> None:
+    """What one holds, the other does not miss, and says who has it."""
+    one, two = namesakes
+    image = complete(one)
+    find(two)
+    assert one.base.get(image.id) == image
+    assert two.base.holders(image.id) == [f"{member_of(one)} at http://some.example:20000"]
+
+
+def test_bytes_that_a_namesake_has_noted(namesakes: list[Rooms]) -> None:
+    """Its note does not vouch for those here."""
+    one, two = namesakes
+    image = complete(one)
+    put(two.disk, image.id, BODY)
+    sweep(two)
+    assert two.digests.doubts(image.id)
+
+
+def test_a_namesake_without_a_marker(namesakes: list[Rooms]) -> None:
+    """It may be a directory that is not mounted: then the service does not start."""
+    one, two = namesakes
+    complete(one)
+    with pytest.raises(ConfigError):
+        Rooms(MemoryImageStore(), two.base).maintenance.start_sweep()

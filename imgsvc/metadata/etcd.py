@@ -234,7 +234,7 @@ class EtcdMetadataStore:
 
     def _holders(self, image_id: str) -> Sequence[str]:
         notes = self._find(image_id).notes
-        others = {member: note for member, note in notes.items() if not self._is_here(member, note)}
+        others = {member: note for member, note in notes.items() if member != self._member.id}
         if others:
             live = self._layout.members
             others.update(
@@ -336,12 +336,12 @@ class EtcdMetadataStore:
             image = None if record is None else parsed(found.id, record)
             if record is None or image is None:
                 continue
-            here = any(self._is_here(member, note) for member, note in found.notes.items())
             yield (
                 Entry(
                     dataclasses.replace(image, replicas=found.replicas),
                     owner=None if found.owner is None else found.owner.text,
-                    here=here,
+                    here=self._member.id in found.notes_by_member,
+                    was_here=any(self._was_here(member, note) for member, note in found.notes.items()),
                 ),
                 record,
             )
@@ -355,8 +355,8 @@ class EtcdMetadataStore:
         except (Conflict, NotFound):  # another member was faster
             return entry
 
-    def _is_here(self, member: str, note: dict[str, str]) -> bool:
-        return member == self._member.id or note.get("site") == self._member.site
+    def _was_here(self, member: str, note: dict[str, str]) -> bool:
+        return member != self._member.id and note.get("site") == self._member.site
 
 
 def _recalled(mirror: Mirror, image_id: str) -> Known:

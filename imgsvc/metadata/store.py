@@ -22,12 +22,14 @@ class Member:
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A record with its surroundings. `owner` is the id of the member that is transferring it, None when nobody is
-    known to; `here` says that this member, or one that served from its site before, is on record as holding it. In a
-    store that no other host shares, a complete image is here."""
+    known to; `here` says that this member is on record as holding it. In a store that no other host shares, a complete
+    image is here. `was_here` says that one with another id is, which noted that on this member's site: perhaps this very
+    directory before it lost its marker, perhaps another host's, as two may have the same name and path."""
 
     image: Image
     owner: str | None
     here: bool
+    was_here: bool = False
 
 
 class MetadataStore(Protocol):
