@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 import structlog
 
 from imgsvc.cluster.choice import Choice
-from imgsvc.cluster.line import Line
+from imgsvc.cluster.line import Head, Line
 from imgsvc.cluster.peers import Signatures
 from imgsvc.errors import ImgsvcError, PeerFailed
 from imgsvc.metadata.image import Image
@@ -23,6 +24,9 @@ LOAD = "X-Imgsvc-Load"
 # Seconds for which a connection is kept for the next part, less than a member keeps it; and how many of them.
 _KEPT = 10.0
 _KEPT_LINES = 16
+
+# The most bytes of an error's document that are read.
+_DOCUMENT = 4096
 
 _OK = 200
 _PARTIAL_CONTENT = 206
@@ -151,7 +155,7 @@ class Supply:
         head = line.get(target, fields)
         self.choice.said(member, head.get(LOAD))
         if head.status != (_OK if whole else _PARTIAL_CONTENT):
-            raise PeerFailed(f"it answered {head.status}")
+            raise PeerFailed(f"it answered {head.status}{_said(line, head)}")
         right_part = whole or head.get("Content-Range") == f"bytes {first}-{last}/{image.size}"
         if head.length != last - first + 1 or not right_part:
             raise PeerFailed("it answered with other bytes than it was asked for")
@@ -183,3 +187,15 @@ class Supply:
             log.warning("member not told of its wrong bytes", image=image_id, peer=member.id, reason=str(error))
         except Exception:  # the next is to be told all the same
             log.exception("member not told of its wrong bytes", image=image_id, peer=member.id)
+
+
+def _said(line: Line, head: Head) -> str:
+    """Why, as the member put it: a person is to see that a secret or a clock is wrong."""
+    if not 0 < head.length <= _DOCUMENT:
+        return ""
+    document = bytearray(head.length)
+    line.fill(memoryview(document))
+    try:
+        return f": {json.loads(document)['message']}"
+    except (ValueError, KeyError, TypeError):
+        return ""

@@ -71,6 +71,19 @@ def test_a_delete_while_a_holder_is_away(cluster: ClusterOfThree, away: str) -> 
     assert cluster.stored() == {}
 
 
+def test_a_member_with_another_secret(cluster: ClusterOfThree, tmp_path: Path) -> None:
+    """It gets no bytes and gives none, and who asks is told why."""
+    image_id = cluster.members[0].upload(b"content")["id"]
+    holders_of(cluster, image_id, 2)
+    with cluster.new_member("d", tmp_path / "d", cluster_secret="another") as stranger:
+        answer = stranger.download(image_id)
+        assert answer.status == 503
+        assert "403: X-Imgsvc-Signature is wrong: has member member-d the same cluster.secret?" in answer.message
+        own = stranger.upload(b"its own")["id"]
+        answer = cluster.members[0].download(own)
+        assert (answer.status, stranger.url in answer.message) == (503, True)
+
+
 def test_a_pull_does_not_spread_rot(cluster: ClusterOfThree) -> None:
     """Whichever holder is asked: a client of another member never gets a whole body of wrong bytes, and the one with the
     damage is told, sets it aside and takes a good copy."""
