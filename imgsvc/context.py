@@ -182,6 +182,7 @@ class Context:
             settlements,
             supply=supply,
             hashers=self._hashers,
+            doubt=functools.partial(self._digests.submit, doubted=True),
         )
 
     def _new_takeover(self, mirror: Mirror) -> Takeover:

@@ -10,7 +10,7 @@ import threading
 
 import structlog
 
-from imgsvc.errors import Conflict, ImgsvcError, Stopping, Unavailable
+from imgsvc.errors import Conflict, ImgsvcError, NotFound, Stopping, Unavailable
 from imgsvc.images.store import ImageStore
 from imgsvc.metadata.image import Image, Status
 from imgsvc.metadata.store import MetadataStore
@@ -99,6 +99,11 @@ class Digests:
         """Kept until it is recorded; "" when the image cannot be read."""
         try:
             sha256 = self._read(image_id)
+        except NotFound:
+            # Whatever comes in its place is not what was doubted.
+            with self._lock:
+                self._doubted.discard(image_id)
+            return ""
         except ImgsvcError as error:
             if not self._closing.is_set():
                 log.error("image cannot be read", image=image_id, reason=str(error))

@@ -181,7 +181,7 @@ class Scrub:
         start and the next pass find it. The other way round it would leave bytes that a new fetch removes, although
         they are to be kept; and one that was frozen there could later set aside what that fetch brought.
         """
-        where = "its bytes are in quarantine"
+        where, aside = "its bytes are in quarantine", True
         try:
             if fault.reader is not None:
                 self._images.quarantine(image.id, fault.reader)
@@ -197,30 +197,34 @@ class Scrub:
                 # A disk that takes no change either may be gone for a while, and all its images with it.
                 log.error("image cannot be read", image=image.id, reason=fault.reason)
                 return Finding(image.id, Outcome.UNREAD, reason=fault.reason)
-            where = f"its bytes stay where they are: {error}"
+            where, aside = f"its bytes stay where they are: {error}", False
         log.error("image damaged", image=image.id, reason=fault.reason, bytes_are=where)
-        self._condemn(image, f"the image is damaged: {fault.reason}; {where}")
+        self._condemn(image, f"the image is damaged: {fault.reason}; {where}", aside=aside)
         return Finding(image.id, Outcome.DAMAGED, reason=f"{fault.reason}; {where}")
 
-    def _condemn(self, judged: Image, reason: str) -> None:
+    def _condemn(self, judged: Image, reason: str, *, aside: bool) -> None:
         """Until the record says it."""
         for _ in range(_TRIES):
             try:
-                if self._says_so(judged, reason):
+                if self._says_so(judged, reason, aside=aside):
                     return
             except (Unavailable, NoSpace) as error:
                 log.warning("record of a damaged image waits", image=judged.id, reason=str(error))
                 self._wait(_RETRY_INTERVAL)
         log.error("record of a damaged image left as it was", image=judged.id)
 
-    def _says_so(self, judged: Image, reason: str) -> bool:
-        """False when the record changed at this very moment. An image that others hold stays complete, and so does
-        one that another scrub condemned and that was fetched again since."""
+    def _says_so(self, judged: Image, reason: str, *, aside: bool) -> bool:
+        """False when something changed at this very moment. An image that others hold stays complete, and so does one
+        that is here again: another scrub condemned it and it was fetched, or its bytes are `aside` and a client had a
+        copy brought here meanwhile."""
         try:
             image = self._records.get(judged.id)
-            if image.status is not Status.COMPLETE or (image.revision != judged.revision and self._has_bytes(image)):
+            if image.status is not Status.COMPLETE:
                 return True
-            if not self._records.lose_copy(image.progressed(0).failed(reason), lambda: True):
+            if (aside or image.revision != judged.revision) and self._has_bytes(image):
+                return True
+            failed = image.progressed(0).failed(reason)
+            if not self._records.lose_copy(failed, lambda: not (aside and self._has_bytes(image))):
                 log.info("copy released", image=image.id)
         except NotFound:
             return True

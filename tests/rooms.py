@@ -83,6 +83,7 @@ class Rooms:
             self.settlements,
             supply=self.supply,
             hashers=ThreadPoolExecutor(1),
+            doubt=partial(self.digests.submit, doubted=True),
         )
         self.served: list[str] = []
         self.service = ImageService(

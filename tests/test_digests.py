@@ -11,6 +11,7 @@ from imgsvc.errors import Elsewhere, ImgsvcError
 from imgsvc.images.memory import MemoryImageStore
 from imgsvc.metadata.store import Member
 from tests.flaky import LOST
+from tests.images.helpers import put
 from tests.left_behind import BODY, complete
 from tests.rooms import SITE, Rooms, wait_until
 from tests.shared_records import OTHER, SharedRecords
@@ -106,3 +107,14 @@ def test_bytes_whose_record_has_a_digest(rooms: Rooms, records: SharedRecords, *
         assert (list(rooms.disk.ids()), list(rooms.disk.quarantined())) == ([], [image.id])
         assert records.holding == {image.id: {OTHER.id}}
     assert rooms.base.get(image.id) == image
+
+
+def test_doubted_bytes_that_are_gone(rooms: Rooms) -> None:
+    """What comes in their place is served."""
+    image = complete(rooms)
+    rooms.disk.delete(image.id)
+    rooms.digests.submit(image.id, doubted=True)
+    read(rooms)
+    put(rooms.disk, image.id, BODY)
+    with closing(rooms.service.open(image.id)[1]) as reader:
+        assert reader.size == len(BODY)

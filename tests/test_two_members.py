@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from imgsvc.errors import ConfigError, Conflict, FetchFailed, ImgsvcError
+from imgsvc.errors import ConfigError, Conflict, FetchFailed, ImgsvcError, PeerFailed, Unavailable
 from imgsvc.images.memory import MemoryImageStore
 from imgsvc.metadata.image import Image, ImageType, Status
 from imgsvc.metadata.store import Member
@@ -43,8 +43,9 @@ def namesakes(etcd: EtcdCluster, etcd_prefix: str) -> Iterator[list[Rooms]]:
 
 
 def opened_host(opened: ExitStack, etcd: EtcdCluster, etcd_prefix: str, member: Member) -> Rooms:
-    records = opened.enter_context(closing(open_store(etcd.endpoints, etcd_prefix, member)))
     images = MemoryImageStore()
+    member = dataclasses.replace(member, id=images.member)
+    records = opened.enter_context(closing(open_store(etcd.endpoints, etcd_prefix, member)))
     images.mark(records.identity)
     return Rooms(images, records)
 
@@ -233,3 +234,54 @@ def test_a_namesake_without_a_marker(namesakes: list[Rooms]) -> None:
     complete(one)
     with pytest.raises(ConfigError):
         Rooms(MemoryImageStore(), two.base).maintenance.start_sweep()
+
+
+def pulled(host: Rooms, image: Image) -> None:
+    """What the end of a pull does."""
+    put(host.disk, image.id, BODY)
+    host.base.hold(image.id)
+
+
+@pytest.mark.parametrize("others", [True, False])
+@pytest.mark.parametrize("early", [True, False])
+def test_a_copy_that_comes_back_while_it_is_scrubbed(hosts: list[Rooms], *, early: bool, others: bool) -> None:
+    """A client asks for the image when its damaged bytes have just been set aside: what it has brought here stays on
+    record, whether others hold it or do no longer."""
+    one, two = hosts
+    image = complete(one)
+    if others:
+        two.base.hold(image.id)
+    assert isinstance(one.disk, MemoryImageStore)
+    one.disk._images[image.id][:1] = b"T"
+    if early:
+        one.faults.at("lose_copy", 1, lambda: pulled(one, image))
+    else:
+        before_writing(one, image.id, lambda: pulled(one, image))
+    scrub(one)
+    found = one.base.get(image.id)
+    assert (found.status, set(found.replicas or ())) == (
+        Status.COMPLETE,
+        {member_of(one), member_of(two)} if others else {member_of(one)},
+    )
+    assert content(one.disk, image.id) == BODY
+    assert list(one.disk.quarantined()) == [image.id]
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_copy_is_wanted_where_there_are_bytes_without_a_note(hosts: list[Rooms], *, right: bool) -> None:
+    """They are read: right ones are noted, and wrong ones make way, without a new start."""
+    one, two = hosts
+    image = complete(one)
+    put(two.disk, image.id, BODY if right else BODY.upper())
+    two.digests.start()
+    with pytest.raises(Unavailable):
+        two.pulls.copy(image)
+    wait_for(lambda: not two.digests.doubts(image.id), 5, "they are read")
+    two.digests.close()
+    assert (member_of(two) in (one.base.get(image.id).replicas or ())) == right
+    assert list(two.disk.quarantined()) == ([] if right else [image.id])
+    if right:
+        two.pulls.copy(two.base.get(image.id))
+    else:
+        with pytest.raises(PeerFailed):  # nobody is live in its mirror here
+            two.pulls.copy(image)

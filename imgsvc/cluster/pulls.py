@@ -53,7 +53,9 @@ class Pulls:
         *,
         supply: Supply,
         hashers: Executor,
+        doubt: Callable[[str], None],
     ) -> None:
+        """`doubt` has bytes that are here, and not on record, held against their digest; it never blocks."""
         self._images = images
         self._records = records
         self._transfers = transfers
@@ -61,6 +63,7 @@ class Pulls:
         self._settlements = settlements
         self._supply = supply
         self._hashers = hashers
+        self._doubt = doubt
         self._lock = threading.Lock()
         self._running: dict[str, Pull] = {}
         self._relays: set[Relay] = set()
@@ -164,8 +167,12 @@ class Pulls:
                 self._require_open()
         except Conflict:
             # Another pull may have ended right before this one began.
-            if not self._is_here(self._records.get(image.id)):
+            if self._is_here(self._records.get(image.id)):
+                return
+            if not self._has_bytes(image.id):
                 raise
+            self._doubt(image.id)
+            raise Unavailable("there are bytes of the image here, which are held against its digest first") from None
 
     def _join(self, image: Image) -> Pull:
         with self._lock:
@@ -224,6 +231,13 @@ class Pulls:
             return self._supply.is_mine(image) and self._images.size(image.id) == image.size
         except NotFound:
             return False
+
+    def _has_bytes(self, image_id: str) -> bool:
+        try:
+            self._images.size(image_id)
+        except NotFound:
+            return False
+        return True
 
     def _is_gone(self, image: Image) -> bool:
         try:
