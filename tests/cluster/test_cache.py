@@ -299,6 +299,23 @@ def test_a_copy_that_is_wanted_again_just_then(hosts: Hosts, new_cache: NewCache
     assert held(hosts, [image_id]) == []
 
 
+def test_a_copy_that_comes_back_just_then(hosts: Hosts, new_cache: NewCache) -> None:
+    """What a client has brought here again right after the bytes went stays on record."""
+    (image_id,) = hold(hosts, "host-0", "host-1")
+    images = hosts["host-0"].images
+    body, delete = content(images, image_id), images.delete
+
+    def delete_and_pull(image_id: str) -> None:
+        delete(image_id)
+        put(images, image_id, body)
+        hosts.hold(image_id, "host-0")
+
+    images.delete = delete_and_pull  # type: ignore[method-assign]
+    cache = new_cache(watch=False)
+    assert cache._drop(1) == SIZE
+    assert held(hosts, [image_id]) == [image_id]
+
+
 @pytest.mark.parametrize("call", ["drop_copy", "delete"])
 @pytest.mark.parametrize("fault", [LOST, UNKNOWN], ids=["lost", "unknown"])
 def test_a_call_that_fails(hosts: Hosts, new_cache: NewCache, call: str, fault: Fault) -> None:
