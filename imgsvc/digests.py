@@ -55,7 +55,7 @@ class Digests:
         self._queue.put(image_id)
 
     def doubts(self, image_id: str) -> bool:
-        """Whether the image's bytes are still to be held against its digest."""
+        """Whether the bytes that were here when the image was submitted are still to be held against its digest."""
         with self._lock:
             return image_id in self._doubted
 
@@ -75,6 +75,9 @@ class Digests:
             if done:
                 with self._lock:
                     del self._waiting[image_id]
+                    # What was not found right has no note, and is not served for that. A doubt that stays would be
+                    # about other bytes when the image is brought here again.
+                    self._doubted.discard(image_id)
             else:
                 self._queue.put(image_id)
                 self._closing.wait(_RETRY_INTERVAL)
@@ -136,5 +139,3 @@ class Digests:
             log.error("image set aside here: its digest is wrong", image=image.id, sha256=sha256, wanted=image.sha256)
             self._images.quarantine(image.id)
             self._records.release(image.id)
-        with self._lock:
-            self._doubted.discard(image.id)

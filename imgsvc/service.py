@@ -186,15 +186,16 @@ class ImageService:
 
     def _open_bytes(self, image: Image) -> ImageReader:
         """Raises NotFound when they are not here, Unavailable when they are not to be had."""
-        if self._digests.doubts(image.id):
+        # In this order: a pull that is over has brought the image.
+        running, doubted = self._pulls.is_running(image.id), self._digests.doubts(image.id)
+        noted = not doubted and (image.replicas is None or self._me in image.replicas)
+        if not noted and not self._pulls.has_brought(image):
+            self._images.size(image.id)
+            # What is here without a note may be left from another transfer of the same image.
+            if not running:
+                self._digests.submit(image.id, doubted=True)
             raise NotFound("the digest of these bytes has not been found right yet")
         reader = self._images.open(image.id)
-        if image.replicas is not None and self._me not in image.replicas:
-            # What is here without a note may be left from another transfer of the same image.
-            reader.close()
-            if not self._pulls.is_running(image.id):
-                self._digests.submit(image.id, doubted=True)
-            raise NotFound("this member is not on record as holding these bytes")
         if reader.size != image.size:
             reader.close()
             log.error("bytes of a complete image have changed", image=image.id, bytes=reader.size, size=image.size)

@@ -13,7 +13,7 @@ from imgsvc.metadata.store import Member
 from tests.flaky import LOST
 from tests.images.helpers import put
 from tests.left_behind import BODY, complete
-from tests.rooms import SITE, Rooms, wait_until
+from tests.rooms import SITE, Rooms, feed_and_finish, wait_until
 from tests.shared_records import OTHER, SharedRecords
 
 
@@ -84,6 +84,16 @@ def test_a_shutdown_in_the_middle_of_an_image(rooms: Rooms) -> None:
     read(rooms)
     assert rooms.faults.calls.count("read") == 1
     assert rooms.base.get(image.id) == image
+
+
+def test_a_doubt_about_what_is_brought_in_anew(rooms: Rooms) -> None:
+    """It is not about the bytes that come then."""
+    transfer = rooms.upload()
+    rooms.digests.submit(transfer.image.id, doubted=True)
+    read(rooms)
+    image = feed_and_finish(transfer)
+    with closing(rooms.service.open(image.id)[1]) as reader:
+        assert reader.size == image.size
 
 
 @pytest.mark.parametrize("right", [True, False])

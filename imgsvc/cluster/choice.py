@@ -60,6 +60,14 @@ class Choice:
         """Whether this member is on record as holding the image."""
         return self._member_id in self._on_record(image)
 
+    def has_noted(self, image: Image) -> bool:
+        """Whether this member is on record by now as holding what this record is of, if it is of any digest."""
+        with suppress(NotFound):
+            known = self._mirror.get(image.id)
+            if known.status is Status.COMPLETE and self._member_id in known.replicas:
+                return known.image.sha256 == image.sha256 != ""
+        return False
+
     def best(self, image: Image, without: Collection[str]) -> LiveMember | None:
         """The one to be asked next, other than those; None when there is none."""
         holders = [holder for holder in self.holders(image) if holder.id not in without]

@@ -66,6 +66,8 @@ class Pulls:
         self._doubt = doubt
         self._lock = threading.Lock()
         self._running: dict[str, Pull] = {}
+        # Digests by image id, of what has come while nobody knows whether it is on record.
+        self._unnoted: dict[str, str] = {}
         self._relays: set[Relay] = set()
         self._closing = threading.Event()
         self._no_copies = threading.Event()
@@ -80,6 +82,11 @@ class Pulls:
     def is_running(self, image_id: str) -> bool:
         """Whether the image is on its way here, or has come and is about to be noted."""
         return image_id in self._running
+
+    def has_brought(self, image: Image) -> bool:
+        """Whether the bytes of this very image are here for certain, also when its record did not say so when it was
+        read. Never blocks."""
+        return self._unnoted.get(image.id) == image.sha256 or self._supply.has_noted(image)
 
     def open(self, image: Image) -> ImageReader:
         """A reader of a complete image that is not here: its bytes are pulled from the first one that is wanted on,
@@ -212,6 +219,7 @@ class Pulls:
         self._room.check_space(pulled + self._transfers.announced)
 
     def _held(self, image: Image) -> None:
+        self._unnoted[image.id] = image.sha256
         self._settlements.settle(image.id, lambda: self._note(image))
 
     def _note(self, image: Image) -> None:
@@ -220,10 +228,12 @@ class Pulls:
             self._records.hold(image.id)
             _require_same(self._records.get(image.id), image)
         except (NotFound, Conflict):
+            self._unnoted.pop(image.id, None)
             with contextlib.suppress(NotFound):
                 self._records.release(image.id)
             self._images.delete(image.id)
             raise
+        self._unnoted.pop(image.id, None)
 
     def _is_here(self, image: Image) -> bool:
         """On record, and with its bytes."""

@@ -65,6 +65,10 @@ class Supply:
         """Whether this member is on record as holding the image."""
         return self.choice.is_mine(image)
 
+    def has_noted(self, image: Image) -> bool:
+        """Whether this member is on record by now as holding what this record is of."""
+        return self.choice.has_noted(image)
+
     @contextmanager
     def rest(self, image: Image, member: LiveMember, first: int, look: Callable[[], None]) -> Iterator[Line]:
         """The connection on which all bytes of the image from `first` on are to be received. Raises PeerFailed, and

@@ -303,6 +303,38 @@ def test_records_away_at_the_end(members: Members) -> None:
     check_kept(members, image.id, body)
 
 
+def test_read_before_it_is_on_record(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the records are away one pull is enough for all, and nothing is read again for what it has found right."""
+    body = some(MIB)
+    image = members.image(body)
+    other = members.serve(image, body)
+    remembered = dataclasses.replace(image, replicas=(other,))
+    monkeypatch.setattr(members.records, "look", lambda _id: (remembered, 1.0))
+    members.one.faults.always("hold", fault=LOST)
+    for _ in range(3):
+        assert Reading(members.one.service.open(image.id)[1]).whole() == body
+        wait_until(lambda: not members.one.pulls.running)
+    assert len(members.asked(image, other)) == 1
+    assert Reading(members.one.service.open(image.id, own=True)[1]).whole() == body
+    assert not members.one.digests.doubts(image.id)
+    changed = dataclasses.replace(remembered, sha256="0" * 64)
+    monkeypatch.setattr(members.records, "look", lambda _id: (changed, 1.0))
+    with pytest.raises(Elsewhere):
+        members.one.service.open(image.id, own=True)
+
+
+def test_a_look_from_before_it_was_on_record(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has been noted since is served, and not doubted."""
+    body = some(MIB)
+    image = members.image(body)
+    other = members.serve(image, body)
+    monkeypatch.setattr(members.records, "look", lambda _id: (dataclasses.replace(image, replicas=(other,)), None))
+    members.one.pulls.copy(image)
+    members.hold(image, members.one.disk.member)
+    assert Reading(members.one.service.open(image.id, own=True)[1]).whole() == body
+    assert not members.one.digests.doubts(image.id)
+
+
 def test_copy(members: Members) -> None:
     """Without a client, and no faster than it may be; a client that comes is not made to wait."""
     body = some(3 * MIB)
