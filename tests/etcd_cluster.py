@@ -218,10 +218,9 @@ class EtcdCluster:
             raise AssertionError("etcd has no end")
 
     def call(self, path: str, body: dict[str, Any], i: int = 0) -> dict[str, Any]:
-        """One call of etcd's JSON gateway at member i, without a user."""
+        """One call of etcd's JSON gateway at member i, without a user. Raises OSError."""
         request = urllib.request.Request(self.endpoints[i] + path, json.dumps(body).encode())
-        with self._seen_from.entered(), urllib.request.urlopen(request, timeout=5, context=self._tls()) as response:
-            answer: dict[str, Any] = json.load(response)
+        answer: dict[str, Any] = self._asked(request, 5)
         return answer
 
     def close(self) -> None:
@@ -269,11 +268,20 @@ class EtcdCluster:
         if process is None or process.poll() is not None:
             raise AssertionError(f"etcd {i} ended by itself:\n{self._tail(i)}")
         try:
-            url = f"{self._urls(self._metrics)[i]}/health"
-            with self._seen_from.entered(), urllib.request.urlopen(url, timeout=2) as response:
-                return bool(json.load(response)["health"] == "true")
+            return bool(self._asked(f"{self._urls(self._metrics)[i]}/health", 2)["health"] == "true")
         except (OSError, ValueError):
             return False
+
+    def _asked(self, request: urllib.request.Request | str, timeout: float) -> Any:
+        try:
+            with (
+                self._seen_from.entered(),
+                urllib.request.urlopen(request, timeout=timeout, context=self._tls()) as answer,
+            ):
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            error.close()  # it holds the connection
+            raise
 
     def _running(self, i: int) -> subprocess.Popen[bytes]:
         process = self._processes[i]
