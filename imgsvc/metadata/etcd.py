@@ -18,14 +18,13 @@ from imgsvc.etcd_messages import (
     Operation,
     created_at,
     delete,
-    exists,
     has_value,
     modified_at,
     put,
     read,
     when,
 )
-from imgsvc.metadata.etcd_copies import LostCopies
+from imgsvc.metadata.etcd_copies import Copies
 from imgsvc.metadata.etcd_images import Found, grouped, is_foreign, parsed, read_note
 from imgsvc.metadata.etcd_keys import ImageKeys, Transacted
 from imgsvc.metadata.etcd_transfers import Leases, OwnTransfers, document_of
@@ -72,7 +71,7 @@ class EtcdMetadataStore:
         self._mirror = mirror
         self._keys = ImageKeys(etcd, self._layout, mirror)
         self._transfers = OwnTransfers(self._keys, self._layout, member, leases)
-        self._lost = LostCopies(self._keys, self._layout, member.id)
+        self._copies = Copies(self._keys, self._layout, member.id, self.hold)
         self._follower = None if mirror is None else Follower(etcd, self._layout, mirror, position)
 
     @property
@@ -202,22 +201,10 @@ class EtcdMetadataStore:
         self._keys.delete(image_id, self._layout.replica(image_id, self._member.id))
 
     def drop_copy(self, image_id: str, keep: Collection[str]) -> bool:
-        others = sorted(set(keep) - {self._member.id})
-        if not others:
-            return False
-        done = self._keys.transact(
-            image_id,
-            [exists(self._layout.replica(image_id, member)) for member in others],
-            [delete(self._layout.replica(image_id, self._member.id))],
-        )
-        if done.outcome.repeated and not done.succeeded and self._member.id not in done.found.replicas:
-            # An attempt whose answer was lost has taken the note away, and one of the others has gone since.
-            with contextlib.suppress(NotFound):
-                self.hold(image_id)
-        return done.succeeded
+        return self._copies.drop(image_id, keep)
 
     def lose_copy(self, failed: Image, is_gone: Callable[[], bool]) -> bool:
-        return self._lost.lose(failed, is_gone)
+        return self._copies.lose(failed, is_gone)
 
     def holders(self, image_id: str) -> Sequence[str]:
         """While etcd is away, what is remembered; then those that are not live have no address."""

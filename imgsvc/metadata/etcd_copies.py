@@ -1,8 +1,9 @@
-"""Copies that turn out to be lost: whose note goes, and whether the image goes with it, in one transaction."""
+"""Copies that go, and copies that turn out to be lost: whether the note may go, and whether the image goes with it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Collection, Iterable
 
 from imgsvc.errors import Conflict, NoSpace, NotFound, Unavailable
 from imgsvc.etcd_layout import Layout, end_of
@@ -16,13 +17,35 @@ from imgsvc.metadata.image import Image
 _ATTEMPTS = 20
 
 
-class LostCopies:
-    """A note of another member leaves the record's revision alone, so that both are compared."""
+class Copies:
+    """The notes are compared themselves, as they leave the record's revision alone: those of others, and this member's
+    own, so that a request which arrives late does not take away what a new copy has noted."""
 
-    def __init__(self, keys: ImageKeys, layout: Layout, me: str) -> None:
+    def __init__(self, keys: ImageKeys, layout: Layout, me: str, hold: Callable[[str], None]) -> None:
         self._keys = keys
         self._layout = layout
         self._me = me
+        self._hold = hold
+
+    def drop(self, image_id: str, keep: Collection[str]) -> bool:
+        """As `MetadataStore.drop_copy`."""
+        others = set(keep) - {self._me}
+        found = self._keys.read(image_id)
+        if not others or not others <= set(found.replicas):
+            return False
+        done = self._keys.transact(
+            image_id,
+            [*self._held(image_id, others), self._same_note(found)],
+            [delete(self._layout.replica(image_id, self._me))],
+        )
+        if done.succeeded or not done.outcome.repeated or self._me in done.found.replicas:
+            return done.succeeded
+        # An attempt whose answer was lost has taken the note away.
+        if not others <= set(done.found.replicas):
+            with contextlib.suppress(NotFound):
+                self._hold(image_id)
+            return False
+        return True
 
     def lose(self, failed: Image, is_gone: Callable[[], bool]) -> bool:
         """As `MetadataStore.lose_copy`."""
@@ -48,9 +71,8 @@ class LostCopies:
     def _release(self, found: Found, others: list[str]) -> tuple[bool, Found]:
         """While those others are on record; whether they were, and what is there now."""
         own = self._layout.replica(found.id, self._me)
-        held = [exists(self._layout.replica(found.id, member)) for member in others]
         try:
-            done = self._keys.transact(found.id, [*held, self._same_note(found)], [delete(own)])
+            done = self._keys.transact(found.id, [*self._held(found.id, others), self._same_note(found)], [delete(own)])
         except NoSpace:
             # Some releases of etcd, when full, delete only outside of transactions.
             self._keys.delete(found.id, own)
@@ -74,7 +96,11 @@ class LostCopies:
         )
         return done.succeeded, done.found
 
+    def _held(self, image_id: str, members: Iterable[str]) -> list[Comparison]:
+        """That all of them are on record."""
+        return [exists(self._layout.replica(image_id, member)) for member in sorted(members)]
+
     def _same_note(self, found: Found) -> Comparison:
-        """So that an attempt which arrives late does not take away what a new copy has noted."""
+        """That this member's note is the one that was found, or there is still none."""
         note = found.notes_by_member.get(self._me)
         return modified_at(self._layout.replica(found.id, self._me), 0 if note is None else note.modified)

@@ -277,7 +277,7 @@ def test_a_deletion_meanwhile(hosts: Hosts, new_cache: NewCache) -> None:
         hosts.delete(image_id)
         hosts["host-0"].images.delete(image_id)
     kept = hold(hosts, "host-0", "host-1")
-    wait_until(lambda: used(hosts) == 0)
+    wait_until(lambda: used(hosts) == 0, 15)  # a look that finds it half made is the last for five seconds
     with pytest.raises(NotFound):
         hosts["host-0"].images.open(kept[0])
 

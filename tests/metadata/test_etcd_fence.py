@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
@@ -335,3 +336,16 @@ class TestDroppingCopies:
         proxy.lose_answers()
         assert one.store.drop_copy(held.id, [hosts[0].member.id])
         assert hosts[0].store.get(held.id).replicas == (hosts[0].member.id,)
+
+    def test_a_late_one(self, etcd: EtcdCluster, etcd_prefix: str, hosts: list[Host], opened: ExitStack) -> None:
+        """One that is delivered when the copy has come back does not take away its new note."""
+        proxy = opened.enter_context(closing(LossyProxy(etcd.endpoints[0])))
+        one = opened.enter_context(closing(Host([proxy.url, *etcd.endpoints], etcd_prefix, attempt_timeout=0.5)))
+        held = hosts[0].store.update(begun(hosts[0]).completed(1, "ab"))
+        one.store.hold(held.id)
+        proxy.delay(f"/replicas/{hosts[0].member.id}".encode())
+        assert one.store.drop_copy(held.id, [hosts[0].member.id])
+        one.store.hold(held.id)
+        proxy.deliver()
+        time.sleep(0.5)
+        assert one.member.id in (hosts[0].store.get(held.id).replicas or ())
