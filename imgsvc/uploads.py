@@ -11,7 +11,7 @@ import functools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import structlog
@@ -231,14 +231,19 @@ class Uploads:
 
     def _work(self) -> None:
         while not self._closing.is_set():
-            uploads = self._all()
-            for upload in uploads:
-                upload.abandon(time.time())
-            self._have_others_wait(uploads)
+            try:
+                self._look_after(self._all())
+            except Exception:  # without this thread, none would be verified or given up any more
+                log.exception("uploads not looked after")
             if self._to_verify:
                 self._take(self._to_verify.popleft())
             else:
                 self._closing.wait(_INTERVAL)
+
+    def _look_after(self, uploads: Sequence[Resumable]) -> None:
+        for upload in uploads:
+            upload.abandon(time.time())
+        self._have_others_wait(uploads)
 
     def _have_others_wait(self, uploads: Iterable[Resumable]) -> None:
         """Should this member die, nobody else ends these uploads before they can have expired. That is told anew when a

@@ -83,7 +83,8 @@ class Membership:
         return lease
 
     def on_new_lease(self, restore: Callable[[int], None]) -> None:
-        """Has `restore(lease)` called before a lease replaces a lost one; it puts back what was on the old one."""
+        """Has `restore(lease)` called when a lease has replaced a lost one, and again while that raises an ImgsvcError:
+        it puts back what was on the old one."""
         self._restore.append(restore)
 
     def take_place(self, images: ImageStore) -> None:
@@ -129,6 +130,7 @@ class Membership:
         # etcd counts from when it hears of it, which is later: what we believe always ends first.
         asked = _now()
         lease = self._kept()
+        is_new = lease is None
         if lease is None:
             self._distrust()
             asked, lease = self._new_lease()
@@ -137,6 +139,8 @@ class Membership:
         with self._changed:
             self._lease, self._trusted_until = lease, asked + self._ttl
             self._changed.notify_all()
+        if is_new:
+            threading.Thread(target=self._restore_on, args=(lease,), name="etcd-restore", daemon=True).start()
 
     def _kept(self) -> int | None:
         """The lease, with its full time again; None when there is none any more."""
@@ -152,11 +156,24 @@ class Membership:
         asked = _now()
         lease = self._etcd.grant(self._ttl, timeout=self._ttl / 3)
         self._key.put(lease, self._ttl / 3)
-        for restore in self._restore:
-            restore(lease)
         self._announced = True
         log.info("lease granted", member=self._id, lease=f"{lease:x}")
         return asked, lease
+
+    def _restore_on(self, lease: int) -> None:
+        """Beside the thread that keeps the lease: thousands of keys may take longer than it lasts."""
+        while not self._stop.is_set() and self._lease == lease:
+            try:
+                for restore in self._restore:
+                    restore(lease)
+            except ImgsvcError as error:
+                log.info("what was on the lost lease is not on the new one yet", reason=str(error))
+                self._stop.wait(_RETRY_SECONDS)
+            except Exception:  # whoever it is will find its key gone
+                log.exception("what was on the lost lease is not on the new one")
+                return
+            else:
+                return
 
     def _announce(self, lease: int) -> None:
         """Again, on the lease that there is. Where another member has taken our name meanwhile, we own nothing."""

@@ -110,7 +110,8 @@ class Takeover:
                 self._take(known, last=waited >= _GIVEN_UP)
 
     def _is_orphan(self, known: Known) -> bool:
-        if known.owner is not None or self._is_known_here(known.id):
+        """Also one that has this very member as its owner, which knows nothing of it."""
+        if known.owner not in (None, self._member) or self._is_known_here(known.id):
             return False
         waits_for_its_member = known.carrier is not None and known.carrier.until > time.time()
         return not waits_for_its_member or bool(known.image.source)
@@ -168,8 +169,10 @@ class Takeover:
                 known = self._mirror.get(image_id)
             except NotFound:
                 continue  # deletions are told in another way
-            # Of a revision that is not newer than what was written here, nobody else knows anything.
-            if known.revision > revision and (not known.in_transfer or known.owner != self._member):
+            # Of a revision that is not newer than what was written here, nobody else knows anything. Where there is no
+            # owner, a late write of our own may have met the end of our lease.
+            others = known.owner if known.carrier is None else known.owner or known.carrier.member
+            if known.revision > revision and (not known.in_transfer or others not in (None, self._member)):
                 reason = Conflict("the transfer was taken over or ended by another member, as this one was away")
                 self._transfers.cancel(image_id, reason)
 

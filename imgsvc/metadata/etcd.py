@@ -30,7 +30,7 @@ from imgsvc.metadata.etcd_keys import ImageKeys, Transacted
 from imgsvc.metadata.etcd_transfers import Leases, OwnTransfers, document_of
 from imgsvc.metadata.etcd_watch import Follower
 from imgsvc.metadata.go_program import taken_over
-from imgsvc.metadata.image import Image, ImageType, is_id
+from imgsvc.metadata.image import Image, ImageType, Status, is_id
 from imgsvc.metadata.mirror import Known, Mirror
 from imgsvc.metadata.store import Entry, Member
 
@@ -191,11 +191,15 @@ class EtcdMetadataStore:
 
     def hold(self, image_id: str) -> None:
         """A record that came from elsewhere gets its source claim here."""
-        found = self._find(image_id)
-        image, record = self._image(found), self._layout.record(image_id)
-        held = [self._transfers.holding(image_id), *self._claiming(image)]
-        if not self._keys.transact(image_id, [created_at(record, _created(found))], held).succeeded:
-            raise NotFound(f"there is no image {image_id}")
+        for _ in range(_ATTEMPTS):
+            found = self._find(image_id)
+            image, record = self._image(found), self._layout.record(image_id)
+            if image.status is not Status.COMPLETE:
+                raise Conflict(f"image {image_id} is not complete any more")
+            held = [self._transfers.holding(image_id), *self._claiming(image)]
+            if self._keys.transact(image_id, [modified_at(record, image.revision)], held).succeeded:
+                return
+        raise Unavailable(f"image {image_id} is written all the time")
 
     def release(self, image_id: str) -> None:
         self._keys.delete(image_id, self._layout.replica(image_id, self._member.id))

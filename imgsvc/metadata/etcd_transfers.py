@@ -6,6 +6,7 @@ import dataclasses
 import json
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -21,6 +22,8 @@ from imgsvc.metadata.store import Member
 # etcd takes 1.5 MiB in one request by default; the rest of it is for keys and notes.
 _LARGEST_DOCUMENT = 1024 * 1024
 _RESTORE_SECONDS = 2.0
+# Transfers that are owned again at a time; thousands may wait to be fetched.
+_AT_ONCE = 8
 # Looks at what others are doing to one image at this very moment; more in a row is no accident.
 _ATTEMPTS = 20
 
@@ -32,7 +35,7 @@ class Leases(Protocol):
         """A lease to put keys on, other than the `lost` one. Raises Unavailable while there is none."""
 
     def on_new_lease(self, restore: Callable[[int], None]) -> None:
-        """Has `restore(lease)` called before a lease replaces a lost one."""
+        """Has `restore(lease)` called when a lease has replaced a lost one, and again while that raises."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -134,13 +137,15 @@ class OwnTransfers:
         for _ in range(_ATTEMPTS):
             if found.record is None:
                 raise NotFound(f"there is no image {image_id}")
-            carrier = found.parts.get(CARRIER)
-            if carrier is None or found.carrier is None or not self.may_own(found):
+            # A transfer that was begun before there were carriers has none.
+            carrier, known = found.parts.get(CARRIER), found.known
+            if known is None or not known.in_transfer or not self.may_own(found):
                 break
             done = self._keys.transact(
                 image_id,
                 [
-                    modified_at(key, carrier.modified),
+                    modified_at(self._layout.record(image_id), found.revision_of_record),
+                    modified_at(key, 0 if carrier is None else carrier.modified),
                     created_at(owner, 0 if found.owner is None else found.owner.created),
                 ],
                 [put(key, self._carrier_note(until))],
@@ -165,7 +170,9 @@ class OwnTransfers:
         carrier = found.carrier
         # What was noted until when to wait for us still holds.
         noted = [] if carrier is not None and carrier.member == self._member.id else self.beginning(image)
-        owner = self._layout.owner(image.id)
+        owner, replicas = self._layout.owner(image.id), self._layout.replicas(image.id)
+        # What somebody may have noted to hold was of another life of the image.
+        noted = [*noted, delete(replicas, end_of(replicas))]
         return self.with_lease(
             lambda lease: self._replace(image, document, 0, [put(owner, self._member.id, lease), *noted])
         )
@@ -225,22 +232,36 @@ class OwnTransfers:
         return json.dumps({"member": self._member.id, "url": self._member.url, "until": until})
 
     def _own_again(self, lease: int) -> None:
-        """What is as we left it, and nobody owns, is ours again."""
+        """What is as we left it, and nobody owns, is ours again; what is still ours is on the new lease."""
         with self._lock:
             before = dict(self._own)
-        for image_id, own in before.items():
+        with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="own-again") as threads:
+            # All are begun, whatever becomes of one; the first error is raised.
+            for done in [threads.submit(self._own_one_again, each, own, lease) for each, own in before.items()]:
+                done.result()
+
+    def _own_one_again(self, image_id: str, own: _Own, lease: int) -> None:
+        created = 0
+        for _ in range(_ATTEMPTS):
             done = self._keys.transact(
                 image_id,
-                [modified_at(self._layout.record(image_id), own.revision), created_at(self._layout.owner(image_id), 0)],
+                [
+                    modified_at(self._layout.record(image_id), own.revision),
+                    created_at(self._layout.owner(image_id), created),
+                ],
                 [put(self._layout.owner(image_id), self._member.id, lease)],
                 timeout=_RESTORE_SECONDS,
             )
             record, owner = done.found.record, done.found.owner
+            # What is lost is told to its transfer with its next write.
             if record is None or owner is None or record.modified != own.revision or not self.is_mine(owner):
-                continue
-            with self._lock:
-                if self._own.get(image_id) == own:
-                    self._own[image_id] = _Own(own.revision, owner.created)
+                return
+            if done.succeeded:
+                with self._lock:
+                    if self._own.get(image_id) == own:
+                        self._own[image_id] = _Own(own.revision, owner.created)
+                return
+            created = owner.created
 
 
 def document_of(image: Image) -> str:

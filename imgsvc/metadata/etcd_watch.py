@@ -69,6 +69,7 @@ class Follower:
         # Whether the watch was asked how far it is, and has said nothing since.
         self._asked = False
         self._identity: tuple[int, str] | None = None
+        self._went_back = False
         self._go_on_from(position)
         self._trouble = ""
         self._threads = [
@@ -124,7 +125,8 @@ class Follower:
     def _run(self) -> None:
         while not self._stop.is_set():
             # A member of etcd that has just come back may not know yet what the others have done meanwhile.
-            self._answering.wait()
+            if not self._answering.wait(_RETRY_SECONDS):
+                continue
             try:
                 if self._at is None:
                     self._load()
@@ -168,6 +170,7 @@ class Follower:
         with self._lock:
             self._at = self._told = self._found = revision
             self._identity = identity
+            self._went_back = False
             gap_due, self._gap_due = self._gap_due, False
         self._mirror.heard()
         self._loaded.set()
@@ -181,7 +184,8 @@ class Follower:
         nobody takes what is there for orphans."""
         key = self._layout.records
         first = self._etcd.range(key, timeout=_ANSWER_SECONDS)
-        if first.revision >= newest or self._identity != _identity(first) or not first.items:
+        went_back = self._went_back or first.revision < newest
+        if not went_back or self._identity != _identity(first) or not first.items:
             return first
         log.error(
             "etcd was restored from a backup: what was recorded since is lost", revision=first.revision, was=newest
@@ -222,7 +226,8 @@ class Follower:
     def _apply(self, news: Changes) -> None:
         self._asked = False
         if news.changes and news.changes[0].revision <= (self._at or 0):
-            self._start_anew()  # for this etcd was asked for what comes after
+            self._went_back = True  # for this etcd was asked for what comes after
+            self._start_anew()
             return
         deleted = self._apply_to_images(news.changes)
         for change in news.changes:
@@ -293,6 +298,7 @@ class Follower:
         if self._at is None:
             return
         if page.revision < before or self._is_another(page):
+            self._went_back = page.revision < before
             self._start_anew()
             return
         reached = max(self._at, self._told)

@@ -112,7 +112,8 @@ class MetadataStore(Protocol):
         """Removes record, source claim, owner and holders in one step, and returns the image as it was."""
 
     def hold(self, image_id: str) -> None:
-        """Notes, in a store that hosts share, that this member holds the image's bytes; may be repeated."""
+        """Notes, in a store that hosts share, that this member holds the complete image's bytes; may be repeated.
+        Raises Conflict when the image is not complete any more, as it may come to have other bytes."""
 
     def release(self, image_id: str) -> None:
         """Takes that note away; may be repeated, and does not mind a record that is gone."""

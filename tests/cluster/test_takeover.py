@@ -15,8 +15,9 @@ from imgsvc.cluster.rendezvous import ranked
 from imgsvc.cluster.takeover import Takeover
 from imgsvc.errors import Conflict
 from imgsvc.etcd_layout import Layout
+from imgsvc.etcd_messages import put
 from imgsvc.images.memory import MemoryImageStore
-from imgsvc.metadata.image import Image, ImageType, Status
+from imgsvc.metadata.image import Image, ImageType, Status, new_id
 from imgsvc.transfer import Transfer
 from tests.etcd_cluster import EtcdCluster
 from tests.flaky import FULL, LOST, UNKNOWN, Fault
@@ -312,3 +313,29 @@ def assert_gives_way(host: Host, transfer: Transfer) -> None:
     assert isinstance(transfer.cancelled, Conflict)
     transfer.abort(transfer.cancelled)
     assert transfer.image.id not in host.rooms.claims()
+
+
+def test_a_late_write_of_our_own_is_no_other_member(hosts: list[Host]) -> None:
+    """A report that was delivered when its answer had been given up, and a lease that ended: the record is newer than
+    what this member knows and has no owner, and the transfer goes on all the same."""
+    host, *_ = hosts
+    transfer = host.rooms.upload(100)
+    transfer.feed(b"x" * 10)
+    late, layout = transfer.image.progressed(10), Layout(host.prefix)
+    host.records.etcd.transact([], [put(layout.record(late.id), late.to_json())])
+    host.records.etcd.delete(layout.owner(late.id))
+    host.sees(lambda records: records.mirror.get(late.id).owner is None)
+    host.look()
+    assert transfer.cancelled is None
+    transfer.feed(b"x" * 90)
+    assert transfer.finish().status is Status.COMPLETE
+
+
+def test_what_a_member_owns_and_does_not_know_of(hosts: list[Host]) -> None:
+    """As after a mistake of ours: it takes it up itself."""
+    host, *_ = hosts
+    image = host.records.create(Image(id=new_id(), type=ImageType.KVM, source="http://source.example/forgotten"))
+    host.look()
+    host.look(after=2)
+    assert host.rooms.take_turns() == [image.id]
+    assert not host.records.owner(image.id)

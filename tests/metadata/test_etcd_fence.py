@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from functools import partial
 
@@ -16,12 +17,14 @@ from imgsvc.images.memory import MemoryImageStore
 from imgsvc.metadata.etcd import EtcdMetadataStore
 from imgsvc.metadata.etcd_images import Found
 from imgsvc.metadata.image import Image, Status
+from imgsvc.metadata.mirror import Carrier
 from imgsvc.metadata.store import Member
 from imgsvc.settlements import Settlements
 from tests.etcd_cluster import EtcdCluster
 from tests.lossy_proxy import LossyProxy
-from tests.metadata.etcd_store import new_member
+from tests.metadata.etcd_store import new_member, open_store
 from tests.metadata.test_store import at_once, image
+from tests.rooms import wait_until
 
 SOURCE = "http://source.example/x"
 
@@ -203,6 +206,52 @@ class TestAPausedMember:
         assert two.keys(mine.id).parts == before
 
 
+class TestANewLease:
+    def test_thousands_of_transfers(self, etcd: EtcdCluster, etcd_prefix: str) -> None:
+        """However long it takes to own all of them again: the lease is there at once, and is kept meanwhile."""
+        with closing(open_store(etcd.endpoints, etcd_prefix, ttl=2)) as store:
+            with ThreadPoolExecutor(16) as pool:
+                owned = [each.id for each in pool.map(lambda n: store.create(image(f"{SOURCE}/{n}")), range(400))]
+            lost = store.membership.lease()
+            store.membership.on_new_lease(lambda _: time.sleep(5))
+            store.etcd.revoke(lost)
+            assert store.membership.lease(lost=lost) != lost
+            time.sleep(3)
+            assert store.membership.lease_id not in (None, lost)
+            wait_until(lambda: all(store.mirror.get(each).owner == store.member.id for each in owned))
+
+    def test_what_was_owned_on_one_that_was_given_up(self, hosts: list[Host]) -> None:
+        """An owner's key of ours that is on another lease than the new one would go with that."""
+        one, _ = hosts
+        mine = begun(one)
+        before = one.leases.lease()
+        one.leases.renew()
+        one.etcd.revoke(before)
+        owner = one.keys(mine.id).owner
+        assert owner is not None
+        assert one.store.update(mine.progressed(1)).size == 1
+
+
+class TestHolding:
+    @pytest.mark.parametrize("change", ["fail", "requeue"])
+    def test_what_is_not_complete_any_more(self, hosts: list[Host], change: str) -> None:
+        """It may come to have other bytes, of which nobody may say that they are here."""
+        one, two = hosts
+        complete = one.store.update(begun(one).completed(9, "ab"))
+        one.store.update(LATE[change](complete))
+        with pytest.raises(Conflict):
+            two.store.hold(complete.id)
+        assert two.keys(complete.id).replicas == ()
+
+    def test_a_note_does_not_outlive_the_bytes(self, hosts: list[Host]) -> None:
+        """One that is there all the same, when the image is fetched again, is of the bytes before."""
+        one, two = hosts
+        failed = one.store.update(begun(one).failed("by hand"))
+        one.etcd.transact([], [two.store._transfers.holding(failed.id)])
+        again = one.store.update(failed.requeued())
+        assert one.keys(again.id).replicas == ()
+
+
 class TestTakingOver:
     def test_contenders(self, etcd: EtcdCluster, etcd_prefix: str, opened: ExitStack) -> None:
         """Of eight that take over at once one does, and the others are told."""
@@ -272,6 +321,15 @@ class TestExpecting:
         one.lose()
         taken_over(two, mine.id)
         assert two.keys(mine.id).carrier.until == 0  # type: ignore[union-attr]
+
+    def test_a_record_of_before_carriers(self, hosts: list[Host]) -> None:
+        """An upload of an earlier version that waits for its member is noted by that one after its start."""
+        one, two = hosts
+        mine = begun(one)
+        one.etcd.delete(one.store._layout.carrier(mine.id))
+        one.lose()
+        one.store.expect(mine.id, 1234.5)
+        assert two.keys(mine.id).carrier == Carrier(one.member.id, one.member.url, 1234.5)
 
     def test_of_nothing(self, hosts: list[Host]) -> None:
         """An image that is not there, or is not in transfer."""
