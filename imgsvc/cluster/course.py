@@ -10,7 +10,7 @@ from typing import Any
 
 from imgsvc.blocks import BLOCK
 from imgsvc.errors import ImgsvcError, Unavailable
-from imgsvc.images.store import ImageReader, ImageWriter
+from imgsvc.images.store import ImageReader
 
 # Bytes that followers get only when the digest is right.
 HELD_BACK = 64 * 1024
@@ -38,7 +38,7 @@ class Course:
         self.position = 0
         self._size = size
         self._lock = threading.Lock()
-        self._writer: ImageWriter | None = None
+        self._open_file: Callable[[], ImageReader] | None = None
         self._attempt = 1
         self._verified = False
         self._error: ImgsvcError | None = None
@@ -73,9 +73,9 @@ class Course:
 
     def open(self) -> ImageReader:
         """A reader of the file, for as far as `arrived` says. Raises Unavailable when there is none."""
-        if self._writer is None:
+        if self._open_file is None:
             raise Unavailable("the image is not kept here")
-        return self._writer.follow(self._size)
+        return self._open_file()
 
     def wait(self, follower: object, offset: int, attempt: int | None, wake: Callable[[], None]) -> None:
         """Has `wake` called once: when the byte at `offset` is there, and at any turn that the pull takes, or has taken
@@ -99,9 +99,10 @@ class Course:
 
     # For the pull.
 
-    def begin(self, writer: ImageWriter) -> None:
+    def begin(self, open_file: Callable[[], ImageReader]) -> None:
+        """From now on there is a file."""
         with self._lock:
-            self._writer = writer
+            self._open_file = open_file
 
     def advance(self, size: int) -> None:
         """So many bytes more are in the file."""

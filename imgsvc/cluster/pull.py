@@ -20,8 +20,8 @@ from imgsvc.blocks import BLOCK
 from imgsvc.cluster.course import Course
 from imgsvc.cluster.line import TICK, Line
 from imgsvc.cluster.supply import Supply
-from imgsvc.errors import ImgsvcError, PeerFailed, Unavailable
-from imgsvc.images.store import ImageStore, ImageWriter
+from imgsvc.errors import Conflict, ImgsvcError, NotFound, PeerFailed, Unavailable
+from imgsvc.images.store import ImageReader, ImageStore, ImageWriter
 from imgsvc.metadata.image import Image
 from imgsvc.metadata.mirror import LiveMember
 from imgsvc.room import Room
@@ -49,12 +49,14 @@ class Pull:
         room: Room,
         admit: Callable[[], None],
         hashers: Executor,
+        stored: Callable[[Image], bool],
         held: Callable[[Image], None],
         background: bool = False,
         throttle: Throttle | None = None,
     ) -> None:
-        """`admit` raises NoSpace when the image will not fit beside what else is on its way. `held` notes that the committed image
-        is here, or raises why it is not to be. One in the `background` began without a client; the throttle holds for
+        """`admit` raises NoSpace when the image will not fit beside what else is on its way. `stored` says
+        whether its very bytes are here by now. `held` notes that the committed image is here, or raises why it is not
+        to be. One in the `background` began without a client; the throttle holds for
         as long as it has none, and nobody is in a hurry."""
         self.image = image
         self.course = Course(image.size)
@@ -63,6 +65,7 @@ class Pull:
         self._room = room
         self._admit = admit
         self._hashers = hashers
+        self._stored = stored
         self._held = held
         self._background = background
         self._throttle = throttle
@@ -118,7 +121,13 @@ class Pull:
             self._log(time.monotonic() - began)
 
     def _run(self) -> None:
-        """Raises why the image is not here in the end."""
+        """Raises why the image was not brought here in the end."""
+        if self._stored(self.image):
+            # Who follows asked for it before another pull was over, and began to read afterwards.
+            self.course.begin(self._open_stored)
+            self.course.advance(self.image.size)
+            self.course.verify()
+            raise Conflict("the image is here already")
         writer: ImageWriter | None = None
         try:
             self._admit()
@@ -130,8 +139,14 @@ class Pull:
             raise
         self._held(self.image)
 
+    def _open_stored(self) -> ImageReader:
+        try:
+            return self._images.open(self.image.id)
+        except NotFound as error:
+            raise Unavailable("the image is not here any more") from error
+
     def _fill(self, writer: ImageWriter) -> None:
-        self.course.begin(writer)
+        self.course.begin(lambda: writer.follow(self.image.size))
         self._buffer = memoryview(mmap.mmap(-1, BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         self._bring(writer)
         while (found := self._digest.hexdigest()) != self.image.sha256:

@@ -201,6 +201,7 @@ class Pulls:
             room=self._room,
             admit=self._admit,
             hashers=self._hashers,
+            stored=self._is_stored,
             held=self._held,
             background=background,
             throttle=throttle,
@@ -234,6 +235,13 @@ class Pulls:
             self._images.delete(image.id)
             raise
         self._unnoted.pop(image.id, None)
+
+    def _is_stored(self, image: Image) -> bool:
+        """With its very bytes, on record or not."""
+        try:
+            return self.has_brought(image) and self._images.size(image.id) == image.size
+        except NotFound:
+            return False
 
     def _is_here(self, image: Image) -> bool:
         """On record, and with its bytes."""

@@ -323,6 +323,28 @@ def test_read_before_it_is_on_record(members: Members, monkeypatch: pytest.Monke
         members.one.service.open(image.id, own=True)
 
 
+@pytest.mark.parametrize("noted", [True, False])
+def test_read_after_another_pull_was_over(members: Members, *, noted: bool) -> None:
+    """Who asked before has the image from here, though nobody else can give it any more, and nothing fits."""
+    body = some(MIB)
+    image = members.image(body)
+    other = members.serve(image, body)
+    late = members.one.pulls.open(image)
+    if not noted:
+        members.one.faults.always("hold", fault=LOST)
+    assert members.read(image).whole() == body
+    wait_until(lambda: not members.one.pulls.running)
+    if noted:
+        members.hold(image, members.one.disk.member)
+    members.one.mirror.leave(other)
+    members.one.faults.always("space", "writer", "hold", fault=LOST)
+    assert Reading(late).whole() == body
+    assert len(members.asked(image, other)) == 1
+    if not noted:
+        with pytest.raises(Unavailable):
+            members.one.pulls.copy(image)
+
+
 def test_a_look_from_before_it_was_on_record(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
     """What has been noted since is served, and not doubted."""
     body = some(MIB)
