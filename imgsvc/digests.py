@@ -137,5 +137,22 @@ class Digests:
             self._records.hold(image.id)
         else:
             log.error("image set aside here: its digest is wrong", image=image.id, sha256=sha256, wanted=image.sha256)
-            self._images.quarantine(image.id)
-            self._records.release(image.id)
+            with contextlib.suppress(NotFound):  # done before, when the record could not be written
+                self._images.quarantine(image.id)
+            self._let_go(image, sha256)
+
+    def _let_go(self, image: Image, sha256: str) -> None:
+        """One that nobody is on record as holding stays complete: a member that has yet to start may have its bytes."""
+        if image.replicas == ():
+            return
+        reason = (
+            f"the image is damaged: its sha256 is {sha256}, and should be {image.sha256}; its bytes are in quarantine"
+        )
+        self._records.lose_copy(image.progressed(0).failed(reason), lambda: not self._has_bytes(image.id))
+
+    def _has_bytes(self, image_id: str) -> bool:
+        try:
+            self._images.size(image_id)
+        except NotFound:
+            return False
+        return True

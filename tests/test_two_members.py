@@ -18,7 +18,7 @@ from imgsvc.scrub import Scrub
 from imgsvc.transfer import Transfer
 from imgsvc.whole import Pace
 from tests.etcd_cluster import EtcdCluster
-from tests.flaky import UNKNOWN
+from tests.flaky import LOST, UNKNOWN
 from tests.harness import wait_for
 from tests.images.helpers import content, put
 from tests.left_behind import BODY, complete
@@ -285,3 +285,24 @@ def test_a_copy_is_wanted_where_there_are_bytes_without_a_note(hosts: list[Rooms
     else:
         with pytest.raises(PeerFailed):  # nobody is live in its mirror here
             two.pulls.copy(image)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_doubted_bytes_that_are_wrong(hosts: list[Rooms], monkeypatch: pytest.MonkeyPatch, *, held: bool) -> None:
+    """The only copy on record takes the image with it, as soon as etcd answers. Where none is, a member that is away may
+    have the bytes."""
+    monkeypatch.setattr("imgsvc.digests._RETRY_INTERVAL", 0.01)
+    one, two = hosts
+    image = complete(one)
+    assert isinstance(one.disk, MemoryImageStore)
+    one.disk._images[image.id][:1] = b"T"
+    if not held:
+        one.base.release(image.id)
+    one.faults.next("lose_copy", LOST)
+    one.digests.submit(image.id, doubted=True)
+    one.digests.start()
+    wait_for(lambda: not one.digests.doubts(image.id), 5, "they are read")
+    one.digests.close()
+    found = two.base.get(image.id)
+    assert (found.status, found.replicas) == (Status.ERROR if held else Status.COMPLETE, ())
+    assert list(one.disk.quarantined()) == [image.id]
