@@ -209,6 +209,7 @@ class Pull:
         heard = began
         try:
             while filled < len(room):
+                self.course.look()
                 count = line.receive(room[filled:])
                 now = time.monotonic()
                 if count:

@@ -466,6 +466,20 @@ def test_copies_stop(members: Members) -> None:
         members.one.pulls.copy(images[1])
 
 
+def test_copies_from_a_slow_member_stop(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though its bytes trickle in without a pause, and a block takes long to be full."""
+    monkeypatch.setattr("imgsvc.cluster.line.TICK", 0.5)
+    image = members.image(some(8 * MIB))
+    member = members.serve(image, Resource(some(8 * MIB), rate=200_000))
+    with ThreadPoolExecutor(1) as pool:
+        copying = pool.submit(members.one.pulls.copy, image)
+        wait_until(lambda: bool(members.asked(image, member)))
+        time.sleep(0.1)
+        members.one.pulls.stop_copies()
+        with pytest.raises(Stopping):
+            copying.result(2)
+
+
 def test_a_deletion_that_was_missed(members: Members) -> None:
     """What has no record is not brought here any longer than until somebody looks."""
     image = members.image(some(MIB))
