@@ -43,6 +43,7 @@ class Course:
         self._verified = False
         self._error: ImgsvcError | None = None
         self._passed_on: PassedOn | None = None
+        self._followers: set[object] = set()
         self._waiting: dict[object, tuple[int, Callable[[], None]]] = {}
         self._told = 0
         self._told_at = 0.0
@@ -81,6 +82,7 @@ class Course:
         """Has `wake` called once: when the byte at `offset` is there, and at any turn that the pull takes, or has taken
         since the `attempt` of which something was read."""
         with self._lock:
+            self._followers.add(follower)
             turned = self._error is not None or self._passed_on is not None or attempt not in (None, self._attempt)
             if not turned and offset >= self._limit():
                 self._waiting[follower] = (offset, wake)
@@ -88,14 +90,15 @@ class Course:
         wake()
 
     def forget(self, follower: object) -> None:
-        """It does not wait any more."""
+        """It has left."""
         with self._lock:
+            self._followers.discard(follower)
             self._waiting.pop(follower, None)
 
     @property
     def followed(self) -> bool:
-        """Whether somebody waits."""
-        return bool(self._waiting)
+        """Whether somebody who has waited is still there: one that is slower than the pull seldom waits."""
+        return bool(self._followers)
 
     # For the pull.
 

@@ -85,7 +85,7 @@ class Pull:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no client has asked for it."""
+        """Whether no client reads it."""
         return self._background and not self.course.followed
 
     def hurry(self) -> None:

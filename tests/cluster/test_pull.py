@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import time
@@ -478,6 +479,26 @@ def test_copies_from_a_slow_member_stop(members: Members, monkeypatch: pytest.Mo
         members.one.pulls.stop_copies()
         with pytest.raises(Stopping):
             copying.result(2)
+
+
+def test_copies_stop_that_a_slow_client_reads(members: Members) -> None:
+    """They do not, though it has more than it takes at the moment: as all downloads it has time to end."""
+    body = some(2 * MIB)
+    image = members.image(body)
+    resource = Resource(body, stall_after=MIB)
+    member = members.serve(image, resource)
+    with ThreadPoolExecutor(1) as pool:
+        copying = pool.submit(members.one.pulls.copy, image)
+        wait_until(lambda: bool(members.asked(image, member)))
+        reader = members.one.pulls.open(image)
+        first = Reading(reader, 0, 1, close=False)
+        first.whole()
+        members.one.pulls.stop_copies()
+        members.resources[member].resume()
+        assert first.body + Reading(reader, 1).whole() == body
+        with contextlib.suppress(Stopping):
+            copying.result(5)
+    check_kept(members, image.id, body)
 
 
 def test_a_deletion_that_was_missed(members: Members) -> None:

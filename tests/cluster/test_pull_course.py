@@ -48,6 +48,16 @@ def test_who_leaves_is_forgotten() -> None:
     assert (woken.times, course.followed) == (0, False)
 
 
+def test_who_has_enough_for_now_follows() -> None:
+    """Until it leaves."""
+    course = Course(SIZE)
+    course.wait("slow", 0, None, Woken())
+    course.advance(2 * HELD_BACK)
+    assert course.followed
+    course.forget("slow")
+    assert not course.followed
+
+
 def test_the_last_bytes_are_held_back() -> None:
     """Though all have come."""
     course = Course(SIZE)
