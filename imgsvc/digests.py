@@ -13,7 +13,7 @@ import structlog
 from imgsvc.errors import Conflict, ImgsvcError, NotFound, Stopping, Unavailable
 from imgsvc.images.store import ImageStore
 from imgsvc.metadata.image import Image, Status
-from imgsvc.metadata.store import MetadataStore
+from imgsvc.metadata.store import MetadataStore, let_go
 from imgsvc.whole import digest_of
 
 # Seconds before a metadata store that did not answer is asked again.
@@ -137,11 +137,12 @@ class Digests:
             self._records.hold(image.id)
         else:
             log.error("image set aside here: its digest is wrong", image=image.id, sha256=sha256, wanted=image.sha256)
+            let_go(self._records, image.id, self._images.member)
             with contextlib.suppress(NotFound):  # done before, when the record could not be written
                 self._images.quarantine(image.id)
-            self._let_go(image, sha256)
+            self._lost(image, sha256)
 
-    def _let_go(self, image: Image, sha256: str) -> None:
+    def _lost(self, image: Image, sha256: str) -> None:
         """One that nobody is on record as holding stays complete: a member that has yet to start may have its bytes."""
         if image.replicas == ():
             return

@@ -12,7 +12,7 @@ from imgsvc.errors import ConfigError, Conflict, ImgsvcError, NoSpace, NotFound
 from imgsvc.fetcher import Fetcher
 from imgsvc.images.store import ImageStore
 from imgsvc.metadata.image import Image, Status
-from imgsvc.metadata.store import Entry, MetadataStore
+from imgsvc.metadata.store import Entry, MetadataStore, let_go
 from imgsvc.uploads import Uploads
 
 log = structlog.get_logger()
@@ -133,6 +133,9 @@ class Maintenance:
         if image.id in stored:
             size = self._images.size(image.id)
             if size != image.size:
+                if entry.here:
+                    with contextlib.suppress(NotFound):
+                        let_go(self._records, image.id, self._images.member)
                 with contextlib.suppress(NoSpace):  # for the directory that it goes to; then it stays
                     self._images.quarantine(image.id)
                 self._lost(image, f"its file has {size} bytes, and the image {image.size}")

@@ -15,7 +15,7 @@ import structlog
 from imgsvc.errors import Conflict, ImgsvcError, NoSpace, NotFound, Stopping, Unavailable, Unreadable
 from imgsvc.images.store import ImageReader, ImageStore
 from imgsvc.metadata.image import Image, Status
-from imgsvc.metadata.store import Entry, MetadataStore
+from imgsvc.metadata.store import Entry, MetadataStore, let_go
 from imgsvc.whole import Pace, digest_of
 
 # Seconds before a store that did not answer is asked again, and before a disk that did not.
@@ -175,32 +175,67 @@ class Scrub:
             raise Conflict("its record has changed meanwhile")
 
     def _set_aside(self, image: Image, fault: _Fault) -> Finding:
-        """First the bytes, then the record.
+        """First the note, when others hold the image; then the bytes, then the record.
 
-        A process that dies in between leaves a complete record without bytes: nobody can download it, and the next
-        start and the next pass find it. The other way round it would leave bytes that a new fetch removes, although
-        they are to be kept; and one that was frozen there could later set aside what that fetch brought.
+        A process that dies in between leaves bytes without a note, which the next start reads, or a complete record
+        without bytes: nobody can download it, and the next start and the next pass find it. The other way round it
+        would leave bytes that a new fetch removes, although they are to be kept.
         """
-        where, aside = "its bytes are in quarantine", True
+        if not fault.certain and not self._takes_changes():
+            return _unread(image, fault)
+        released = let_go(self._records, image.id, self._images.member)
         try:
-            if fault.reader is not None:
-                self._images.quarantine(image.id, fault.reader)
-            elif image.id not in self._images.quarantined():
-                where = "there are no bytes to keep"
-        except NotFound:
-            if image.id not in self._images.quarantined():
-                where = "there are no bytes to keep"
+            moved = self._moved(image, fault)
         except Conflict:
-            raise  # another scrub found the same, and the image was fetched again since
-        except ImgsvcError as error:
-            if not fault.certain:
-                # A disk that takes no change either may be gone for a while, and all its images with it.
-                log.error("image cannot be read", image=image.id, reason=fault.reason)
-                return Finding(image.id, Outcome.UNREAD, reason=fault.reason)
-            where, aside = f"its bytes stay where they are: {error}", False
+            if released:  # it is the note of the other bytes
+                self._note_again(image)
+            raise
+        if moved is None:
+            if released:
+                self._note_again(image)
+            return _unread(image, fault)
+        where, aside = moved
         log.error("image damaged", image=image.id, reason=fault.reason, bytes_are=where)
         self._condemn(image, f"the image is damaged: {fault.reason}; {where}", aside=aside)
         return Finding(image.id, Outcome.DAMAGED, reason=f"{fault.reason}; {where}")
+
+    def _takes_changes(self) -> bool:
+        """A disk that does not may be gone for a while, and all its images with it."""
+        try:
+            self._images.ping()
+        except Unavailable:
+            return False
+        return True
+
+    def _moved(self, image: Image, fault: _Fault) -> tuple[str, bool] | None:
+        """Where the bytes are now, and whether nothing stands in their place; None when that may be the whole disk's
+        fault. Raises Conflict when these are other bytes: another scrub found the same, and the image was fetched
+        again since."""
+        try:
+            if fault.reader is not None:
+                self._images.quarantine(image.id, fault.reader)
+                return "its bytes are in quarantine", True
+        except NotFound:
+            pass
+        except Conflict:
+            raise
+        except ImgsvcError as error:
+            return (f"its bytes stay where they are: {error}", False) if fault.certain else None
+        if image.id in self._images.quarantined():
+            return "its bytes are in quarantine", True
+        return "there are no bytes to keep", True
+
+    def _note_again(self, image: Image) -> None:
+        """That this member holds the image, unless its record has changed."""
+        for _ in range(_TRIES):
+            try:
+                self._require_unchanged(image)
+                self._records.hold(image.id)
+            except (Unavailable, NoSpace) as error:
+                log.warning("note of a copy waits", image=image.id, reason=str(error))
+                self._wait(_RETRY_INTERVAL)
+            else:
+                return
 
     def _condemn(self, judged: Image, reason: str, *, aside: bool) -> None:
         """Until the record says it."""
@@ -246,3 +281,8 @@ class Scrub:
 
 def _is_here(entry: Entry) -> bool:
     return entry.here and entry.image.status is Status.COMPLETE
+
+
+def _unread(image: Image, fault: _Fault) -> Finding:
+    log.error("image cannot be read", image=image.id, reason=fault.reason)
+    return Finding(image.id, Outcome.UNREAD, reason=fault.reason)

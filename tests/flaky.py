@@ -45,6 +45,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     "hold": (LOST, UNKNOWN),
     "release": (LOST, UNKNOWN),
     "holders": (LOST,),
+    "drop_copy": (LOST, UNKNOWN, FULL),
     "lose_copy": (LOST, UNKNOWN, FULL),
     "claim": (LOST, FULL),
     "unclaim": (LOST, UNKNOWN),

@@ -18,7 +18,7 @@ from imgsvc.scrub import Scrub
 from imgsvc.transfer import Transfer
 from imgsvc.whole import Pace
 from tests.etcd_cluster import EtcdCluster
-from tests.flaky import LOST, UNKNOWN
+from tests.flaky import DAMAGED, LOST, UNKNOWN, Killed
 from tests.harness import wait_for
 from tests.images.helpers import content, put
 from tests.left_behind import BODY, complete
@@ -256,7 +256,7 @@ def test_a_copy_that_comes_back_while_it_is_scrubbed(hosts: list[Rooms], *, earl
     if early:
         one.faults.at("lose_copy", 1, lambda: pulled(one, image))
     else:
-        before_writing(one, image.id, lambda: pulled(one, image))
+        one.faults.at("lose_copy", 1, lambda: before_writing(one, image.id, lambda: pulled(one, image)))
     scrub(one)
     found = one.base.get(image.id)
     assert (found.status, set(found.replicas or ())) == (
@@ -306,3 +306,91 @@ def test_doubted_bytes_that_are_wrong(hosts: list[Rooms], monkeypatch: pytest.Mo
     found = two.base.get(image.id)
     assert (found.status, found.replicas) == (Status.ERROR if held else Status.COMPLETE, ())
     assert list(one.disk.quarantined()) == [image.id]
+
+
+def held_by_both(one: Rooms, two: Rooms, body: bytes) -> Image:
+    """At two its bytes are these."""
+    image = complete(one)
+    put(two.disk, image.id, body)
+    two.base.hold(image.id)
+    return one.base.get(image.id)
+
+
+def read_again(host: Rooms) -> None:
+    """As an image that came without a digest, and got one from another member."""
+    image_id = next(iter(host.disk.ids()))
+    host.digests.submit(image_id, doubted=True)
+    read_all(host)
+
+
+def read_all(host: Rooms) -> None:
+    host.digests.start()
+    wait_for(lambda: not host.digests._waiting, 5, "all is read")
+    host.digests.close()
+
+
+ROTTEN = BODY.upper()
+
+
+@pytest.mark.parametrize("find", [scrub, sweep, read_again])
+def test_a_good_copy_does_not_go_for_a_damaged_one(hosts: list[Rooms], find: Callable[[Rooms], None]) -> None:
+    """Another member is short of space at the very moment at which the damaged one is set aside."""
+    one, two = hosts
+    image = held_by_both(one, two, ROTTEN[:-1] if find is sweep else ROTTEN)
+
+    def drop() -> None:
+        if one.base.drop_copy(image.id, [member_of(two)]):
+            one.disk.delete(image.id)
+
+    two.faults.at("quarantine", 1, drop)
+    find(two)
+    found = one.base.get(image.id)
+    assert (found.status, found.replicas) == (Status.COMPLETE, (member_of(one),))
+    assert content(one.disk, image.id) == BODY
+    assert list(two.disk.quarantined()) == [image.id]
+
+
+@pytest.mark.parametrize("applied", [True, False])
+def test_killed_while_a_damaged_copy_is_set_aside(hosts: list[Rooms], *, applied: bool) -> None:
+    """After the next start and pass nobody is served what is damaged, and the image is as the other member has it."""
+    one, two = hosts
+    for step in range(20):
+        image = held_by_both(one, two, ROTTEN)
+        two.faults.kill(len(two.faults.calls) + step, applied=applied)
+        try:
+            scrub(two)
+        except Killed:
+            two = Rooms(two.disk, two.base)
+            two.maintenance.start_sweep()
+            read_all(two)
+            scrub(two)
+        else:
+            break
+        assert one.base.get(image.id) == dataclasses.replace(image, replicas=(member_of(one),))
+        assert (set(two.disk.ids()), list(two.disk.quarantined()).count(image.id)) == (set(), 1)
+    assert step > 5
+
+
+def test_a_disk_that_is_gone_keeps_its_notes(hosts: list[Rooms], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be read now may be there again soon."""
+    monkeypatch.setattr("imgsvc.scrub._READ_AGAIN", 0.01)
+    one, two = hosts
+    image = held_by_both(one, two, BODY)
+    two.faults.always("read", "quarantine", fault=DAMAGED)
+    scrub(two)
+    assert one.base.get(image.id) == dataclasses.replace(image, replicas=tuple(sorted(map(member_of, hosts))))
+
+
+def test_other_bytes_than_those_that_were_read(hosts: list[Rooms]) -> None:
+    """A copy that was brought here again stays, and so does its note."""
+    one, two = hosts
+    image = held_by_both(one, two, ROTTEN)
+
+    def bring_again() -> None:
+        two.disk.delete(image.id)
+        pulled(two, image)
+
+    two.faults.at("drop_copy", 1, bring_again)
+    list(Scrub(two.disk, two.records, Pace(0), threading.Event()).run())
+    assert one.base.get(image.id).replicas == tuple(sorted(map(member_of, hosts)))
+    assert list(two.disk.ids()) == [image.id]

@@ -6,7 +6,11 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from imgsvc.errors import NoSpace, Unavailable
 from imgsvc.metadata.image import Image, ImageType
+
+# Looks at who else holds one image; more in a row is no accident.
+_ATTEMPTS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,3 +149,19 @@ class MetadataStore(Protocol):
 
     def close(self) -> None:
         """Ends its threads and lets go of its files; may be called twice."""
+
+
+def let_go(records: MetadataStore, image_id: str, me: str) -> bool:
+    """Takes the note of a copy that is no good away before its bytes go, while others are on record: one of them may
+    drop a good copy because of it. False when there are none; then the note stays, and `lose_copy` is due after the
+    bytes. Raises Unavailable and NotFound."""
+    for _ in range(_ATTEMPTS):
+        others = set(records.get(image_id).replicas or ()) - {me}
+        if not others:
+            return False
+        try:
+            if records.drop_copy(image_id, others):
+                return True
+        except NoSpace:
+            return False  # others cannot drop theirs either
+    raise Unavailable(f"copies of image {image_id} come and go all the time")
