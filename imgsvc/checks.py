@@ -32,7 +32,6 @@ class Checks:
         self,
         images: ImageStore,
         records: MetadataStore,
-        bytes_per_second: int,
         *,
         held: Callable[[str], bool],
         damaged: Callable[[str], None],
@@ -40,7 +39,8 @@ class Checks:
         """`held` says whether this member is on record as holding an image: no others are looked at. `damaged` is told
         of each that was set aside. Neither may block."""
         self._closing = threading.Event()
-        self._scrub = Scrub(images, records, Pace(bytes_per_second), self._closing)
+        # As fast as it goes: until it was read, who asks for it may get what is wrong.
+        self._scrub = Scrub(images, records, Pace(0), self._closing)
         self._held = held
         self._damaged = damaged
         self._changed = threading.Condition()

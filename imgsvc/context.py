@@ -158,7 +158,6 @@ class Context:
         self.checks = Checks(
             self.images,
             self.records,
-            self.settings.cluster.copy_bytes_per_second,
             held=self._is_held,
             damaged=self.copies.mend,
         )

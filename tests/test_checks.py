@@ -28,7 +28,6 @@ class Doubted:
         self.checks = Checks(
             rooms.images,
             rooms.records,
-            0,
             held=lambda image_id: image_id not in self.not_held,
             damaged=self.damaged.append,
         )

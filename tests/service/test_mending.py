@@ -75,6 +75,14 @@ def test_a_check_that_finds_rot(hosts: dict[str, Service]) -> None:
     assert hosts["b"].download(image_id).body == BODY
 
 
+def test_a_check_does_not_take_its_time(new_host: StartService) -> None:
+    """Until it is over, clients may get what is wrong: the limit is for copies in the background."""
+    host = new_host(cluster_secret=SECRET, cluster_copy_bytes_per_second=1000)
+    image_id = str(host.upload(BODY)["id"])
+    ask(host).check(image_id)
+    wait_for(lambda: host.events("image checked"), 5, "it was read")
+
+
 def test_a_check_of_a_healthy_copy(hosts: dict[str, Service]) -> None:
     """However often it is ordered: nothing changes."""
     image_id = stored_at_both(hosts)
