@@ -152,7 +152,7 @@ class Context:
             self.images, self.records, self.transfers, settlements, expire=self.settings.uploads.expire
         )
         self._takeover = None if self.mirror is None else self._new_takeover(self.mirror)
-        self._history = History(self.images, lambda: self.records.position)
+        self._history = History(self.images, self.records)
         self._maintenance = Maintenance(self.images, self.records, self.fetcher, self.uploads, self._digests)
         self.copies = Copies(self.pulls, self.records.get, self._has)
         self.checks = Checks(

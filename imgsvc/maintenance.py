@@ -97,7 +97,9 @@ class Maintenance:
         image_id = entry.image.id
         if image_id in stored and self._images.marked_for not in ("", identity):
             # These records may be older than the image, which was whole.
-            self._images.quarantine(image_id)
+            with contextlib.suppress(NoSpace):  # for the directory that it goes to; then it stays
+                self._images.quarantine(image_id)
+            return []
         if self._is_ours(entry, traces=image_id in stored or image_id in unfinished):
             unfinished.discard(image_id)
             return self._settle(entry.image)

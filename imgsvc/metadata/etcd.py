@@ -72,7 +72,7 @@ class EtcdMetadataStore:
         self._keys = ImageKeys(etcd, self._layout, mirror)
         self._transfers = OwnTransfers(self._keys, self._layout, member, leases)
         self._copies = Copies(self._keys, self._layout, member.id, self.hold)
-        self._follower = None if mirror is None else Follower(etcd, self._layout, mirror, position)
+        self._follower = None if mirror is None else Follower(etcd, self._layout, mirror, member.id, position)
 
     @property
     def identity(self) -> str:
@@ -86,9 +86,8 @@ class EtcdMetadataStore:
         cluster = self._etcd.range(key).cluster
         return f"etcd:{cluster:x}:{named.found[-1][0].text}{self._layout.prefix}"
 
-    @property
-    def position(self) -> str:
-        return "" if self._follower is None else self._follower.position
+    def mark(self, last: str) -> str:
+        return "" if self._follower is None else self._follower.mark(last)
 
     @property
     def stale(self) -> float | None:

@@ -45,8 +45,8 @@ log = structlog.get_logger()
 class Follower:
     """Fills the mirror until `close`. `answers` says whether etcd does, as far as is known."""
 
-    def __init__(self, etcd: Etcd, layout: Layout, mirror: Mirror, position: str = "") -> None:
-        """`position` is what an earlier run of this member came to."""
+    def __init__(self, etcd: Etcd, layout: Layout, mirror: Mirror, member: str, position: str = "") -> None:
+        """`member` is the id of this one, `position` what an earlier run of it came to."""
         self._answering = threading.Event()
         self._answering.set()
         self._etcd = etcd
@@ -70,6 +70,9 @@ class Follower:
         self._asked = False
         self._identity: tuple[int, str] | None = None
         self._went_back = False
+        # How often it was noted how far the records have come: in etcd, too, where a backup has less.
+        self._history = layout.history(member)
+        self._count = 0
         self._go_on_from(position)
         self._trouble = ""
         self._threads = [
@@ -83,11 +86,19 @@ class Follower:
     def answers(self) -> bool:
         return self._answering.is_set()
 
-    @property
-    def position(self) -> str:
-        """Which etcd was followed and how far, for the next run; "" before that is known."""
-        identity = self._identity
-        return "" if identity is None else f"{identity[0]:x} {identity[1]} {self._mirror.newest}"
+    def mark(self, last: str) -> str:
+        """Which etcd is followed and how far, for the next run, unless that is `last`; etcd is told first that this is
+        noted. "" before it is known. Raises Unavailable."""
+        with self._lock:
+            identity, count = self._identity, self._count
+        if identity is None or last == _position(identity, self._mirror.newest, count):
+            return last
+        self._etcd.transact([], [put(self._history, str(count + 1))], timeout=_ANSWER_SECONDS)
+        with self._lock:
+            if (identity, count) != (self._identity, self._count):
+                return last  # it is another one by now
+            self._count = count + 1
+        return _position(identity, self._mirror.newest, count + 1)
 
     def wait_for_position(self) -> None:
         """Returns once it is known which etcd it is. Raises Unavailable when that takes long."""
@@ -184,22 +195,32 @@ class Follower:
         nobody takes what is there for orphans."""
         key = self._layout.records
         first = self._etcd.range(key, timeout=_ANSWER_SECONDS)
-        went_back = self._went_back or first.revision < newest
+        count = self._noted()
+        went_back = self._went_back or first.revision < newest or count < self._count
         if not went_back or self._identity != _identity(first) or not first.items:
+            self._count = count
             return first
         log.error(
             "etcd was restored from a backup: what was recorded since is lost", revision=first.revision, was=newest
         )
         named = [put(key, str(uuid.uuid4()))]
         self._etcd.transact([modified_at(key, first.items[0].modified)], named, timeout=_ANSWER_SECONDS)
+        self._count = count
         return self._etcd.range(key, timeout=_ANSWER_SECONDS)
+
+    def _noted(self) -> int:
+        """The count in etcd."""
+        found = self._etcd.range(self._history, timeout=_ANSWER_SECONDS).items
+        return int(found[0].text) if found and found[0].text.isdecimal() else 0
 
     def _go_on_from(self, position: str) -> None:
         cluster, _, rest = position.partition(" ")
-        name, _, revision = rest.partition(" ")
+        name, _, rest = rest.partition(" ")
+        revision, _, count = rest.partition(" ")
         with contextlib.suppress(ValueError):  # none, or one that is damaged
-            self._identity = (int(cluster, 16), name)
-            self._mirror.reached(int(revision))
+            identity, newest, self._count = (int(cluster, 16), name), int(revision), int(count)
+            self._identity = identity
+            self._mirror.reached(newest)
 
     def _scan(self, start: str, revision: int) -> Iterator[KeyValue]:
         for item in scan(self._etcd, start, revision=revision, timeout=_PAGE_SECONDS):
@@ -208,7 +229,11 @@ class Follower:
             yield item
 
     def _follow(self, at: int) -> None:
-        """One watch, to its end."""
+        """One watch, to its end. What it would follow may have been restored since the last one, and gone on."""
+        if self._noted() < self._count:
+            self._went_back = True
+            self._start_anew()
+            return
         watch = self._etcd.watch(self._layout.members, end_of(self._layout.images), at + 1)
         with self._lock:
             self._watch, self._asked = watch, False
@@ -337,6 +362,11 @@ class Follower:
         if not self._trouble:
             log.warning("etcd cannot be followed now", reason=str(error))
         self._trouble = str(error)
+
+
+def _position(identity: tuple[int, str], newest: int, count: int) -> str:
+    cluster, name = identity
+    return f"{cluster:x} {name} {newest} {count}"
 
 
 def _identity(page: Page) -> tuple[int, str]:

@@ -51,11 +51,10 @@ class MetadataStore(Protocol):
         """Names this set of records, so that a directory can tell whose images it holds: another set, were it at the
         same place, has another name. Raises Unavailable."""
 
-    @property
-    def position(self) -> str:
-        """Which records these are, and how far this member has come with them, for its next run: so it knows them
-        again although they were restored from a backup. "" when that is not known, and where nobody shares them. Never
-        blocks."""
+    def mark(self, last: str) -> str:
+        """Which records these are, and how far this member has come with them, to be kept for its next run: so that it
+        knows of them when they were restored from a backup. `last` is what was kept last, and what is returned when
+        there is nothing new; "" is nothing. Nothing is ever new where nobody shares them. Raises Unavailable."""
 
     def list(self, image_type: ImageType | None = None) -> Iterator[Sequence[str]]:
         """Pages of at most 1,000 documents, as `Image.to_json` writes them, ordered by id; what exists throughout is in

@@ -15,9 +15,8 @@ class Unshared:
 
     _member: Member
 
-    @property
-    def position(self) -> str:
-        return ""
+    def mark(self, last: str) -> str:
+        return last
 
     def get(self, image_id: str) -> Image:
         raise NotImplementedError

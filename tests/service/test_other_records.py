@@ -65,6 +65,29 @@ def test_etcd_is_restored_from_a_backup(start_service: StartService, own_etcd: E
     assert service.stored() == {before, since}
 
 
+def test_etcd_is_restored_and_goes_on(start_service: StartService, own_etcd: EtcdCluster) -> None:
+    """The same when it has come further than it was before this member looks at it again, as it has when others write,
+    or when it was restored with a revision that is higher than any."""
+    service = start_service(**on_etcd(own_etcd, "/restored"))
+    own_etcd.kill(0)
+    saved = own_etcd.save(0)
+    own_etcd.start(0)
+    own_etcd.wait_healthy()
+    service.wait_ready()
+    since = service.upload(b"since the backup")["id"]
+    service.terminate()
+    own_etcd.kill(0)
+    own_etcd.put_back(0, saved)
+    own_etcd.start(0)
+    own_etcd.wait_healthy()
+    for _ in range(50):
+        own_etcd.call("/v3/kv/put", {"key": "AA=="})
+    service.expect_errors(LEFT_ALONE, RESTORED)
+    service.start()
+    wait_for(lambda: service.events(LEFT_ALONE), 15, "the service says that it leaves the images alone")
+    assert service.stored() == {since}
+
+
 def test_the_directory_of_another_service(start_service: StartService) -> None:
     """One typo in the settings does not turn every record to `error`: the start is refused, and names the
     directory."""
