@@ -6,9 +6,10 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import TypeVar
 
 import structlog
 
@@ -27,6 +28,8 @@ _TRIES = 720
 # only when nobody has it open.
 _LOOK_INTERVAL = 2.0
 
+_T = TypeVar("_T")
+
 log = structlog.get_logger()
 
 
@@ -34,7 +37,7 @@ class Outcome(Enum):
     MATCHES = auto()
     DAMAGED = auto()
     UNREAD = auto()
-    LEFT = auto()  # it has no digest yet, or was deleted or changed meanwhile
+    LEFT = auto()  # it has no digest yet, or was deleted, changed or let go of meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +115,7 @@ class Scrub:
 
     def _check(self, image_id: str) -> Finding:
         image = self._records.get(image_id)  # a survey of a long pass is old
+        self._require_note(image)
         if image.status is not Status.COMPLETE:
             return Finding(image_id, Outcome.LEFT, reason="it is not complete any more")
         if not image.sha256:
@@ -171,8 +175,15 @@ class Scrub:
                 return
 
     def _require_unchanged(self, image: Image) -> None:
-        if self._records.get(image.id).revision != image.revision:
+        now = self._records.get(image.id)
+        if now.revision != image.revision:
             raise Conflict("its record has changed meanwhile")
+        self._require_note(now)
+
+    def _require_note(self, image: Image) -> None:
+        """A copy that goes loses its note first."""
+        if image.replicas is not None and self._images.member not in image.replicas:
+            raise Conflict("this member is not on record as holding it any more")
 
     def _set_aside(self, image: Image, fault: _Fault) -> Finding:
         """First the note, when others hold the image; then the bytes, then the record.
@@ -183,16 +194,16 @@ class Scrub:
         """
         if not fault.certain and not self._takes_changes():
             return _unread(image, fault)
-        released = let_go(self._records, image.id, self._images.member)
+        released = self._insist(image, lambda: let_go(self._records, image.id, self._images.member))
         try:
             moved = self._moved(image, fault)
         except Conflict:
             if released:  # it is the note of the other bytes
-                self._note_again(image)
+                self._insist(image, lambda: self._note_again(image))
             raise
         if moved is None:
             if released:
-                self._note_again(image)
+                self._insist(image, lambda: self._note_again(image))
             return _unread(image, fault)
         where, aside = moved
         log.error("image damaged", image=image.id, reason=fault.reason, bytes_are=where)
@@ -227,15 +238,18 @@ class Scrub:
 
     def _note_again(self, image: Image) -> None:
         """That this member holds the image, unless its record has changed."""
+        if self._records.get(image.id).revision == image.revision:
+            self._records.hold(image.id)
+
+    def _insist(self, image: Image, call: Callable[[], _T]) -> _T:
+        """Until the records answer: what has been begun is not to be begun anew."""
         for _ in range(_TRIES):
             try:
-                self._require_unchanged(image)
-                self._records.hold(image.id)
+                return call()
             except (Unavailable, NoSpace) as error:
-                log.warning("note of a copy waits", image=image.id, reason=str(error))
+                log.warning("record of a damaged image waits", image=image.id, reason=str(error))
                 self._wait(_RETRY_INTERVAL)
-            else:
-                return
+        raise Conflict("its record could not be had for too long")
 
     def _condemn(self, judged: Image, reason: str, *, aside: bool) -> None:
         """Until the record says it."""

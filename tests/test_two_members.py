@@ -14,11 +14,11 @@ from imgsvc.errors import ConfigError, Conflict, FetchFailed, ImgsvcError, PeerF
 from imgsvc.images.memory import MemoryImageStore
 from imgsvc.metadata.image import Image, ImageType, Status
 from imgsvc.metadata.store import Member
-from imgsvc.scrub import Scrub
+from imgsvc.scrub import Outcome, Scrub
 from imgsvc.transfer import Transfer
 from imgsvc.whole import Pace
 from tests.etcd_cluster import EtcdCluster
-from tests.flaky import DAMAGED, LOST, UNKNOWN, Killed
+from tests.flaky import DAMAGED, LOST, UNKNOWN, Fault, Killed
 from tests.harness import wait_for
 from tests.images.helpers import content, put
 from tests.left_behind import BODY, complete
@@ -394,3 +394,33 @@ def test_other_bytes_than_those_that_were_read(hosts: list[Rooms]) -> None:
     list(Scrub(two.disk, two.records, Pace(0), threading.Event()).run())
     assert one.base.get(image.id).replicas == tuple(sorted(map(member_of, hosts)))
     assert list(two.disk.ids()) == [image.id]
+
+
+@pytest.mark.parametrize("call", ["get", "open", "read"])
+def test_a_copy_that_is_dropped_while_it_is_scrubbed(hosts: list[Rooms], call: str) -> None:
+    """It is not missed."""
+    one, two = hosts
+    image = held_by_both(one, two, BODY)
+
+    def drop() -> None:
+        assert two.base.drop_copy(image.id, [member_of(one)])
+        two.disk.delete(image.id)
+
+    two.faults.at(call, 1, drop)
+    found = [finding.outcome for finding in Scrub(two.images, two.records, Pace(0), threading.Event()).run()]
+    assert found == [Outcome.MATCHES if call == "read" else Outcome.LEFT]
+    assert one.base.get(image.id).replicas == (member_of(one),)
+
+
+@pytest.mark.parametrize("fault", [LOST, UNKNOWN])
+def test_a_damaged_copy_when_records_are_away(
+    hosts: list[Rooms], monkeypatch: pytest.MonkeyPatch, fault: Fault
+) -> None:
+    """It is set aside all the same, and is called damaged, for that brings a good one."""
+    monkeypatch.setattr("imgsvc.scrub._RETRY_INTERVAL", 0.01)
+    one, two = hosts
+    image = held_by_both(one, two, ROTTEN)
+    two.faults.next("drop_copy", fault, times=3)
+    found = [finding.outcome for finding in Scrub(two.images, two.records, Pace(0), threading.Event()).run()]
+    assert (found, list(two.disk.quarantined())) == ([Outcome.DAMAGED], [image.id])
+    assert one.base.get(image.id).replicas == (member_of(one),)
