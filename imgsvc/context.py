@@ -1,7 +1,4 @@
-"""Opens the stores that the settings name, puts the services together, and closes all in reverse.
-
-The one place that knows which concrete store stands behind a protocol.
-"""
+"""Opens the stores, puts the services together, and closes all in reverse."""
 
 from __future__ import annotations
 
@@ -9,13 +6,10 @@ import asyncio
 import contextlib
 import functools
 import math
-import os
-import socket
 import threading
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any
 
 import structlog
 
@@ -33,41 +27,24 @@ from imgsvc.cluster.supply import Supply
 from imgsvc.cluster.takeover import Takeover
 from imgsvc.cluster.this_member import ThisMember
 from imgsvc.digests import Digests
-from imgsvc.errors import ConfigError, NotFound
+from imgsvc.errors import NotFound
 from imgsvc.fetcher import Fetcher
-from imgsvc.images.directory import sync_directory
-from imgsvc.images.filesystem import FilesystemImageStore
-from imgsvc.images.memory import MemoryImageStore
-from imgsvc.images.store import ImageStore
 from imgsvc.maintenance import Maintenance
-from imgsvc.metadata.kvite import open_kvite
-from imgsvc.metadata.memory import MemoryMetadataStore
 from imgsvc.metadata.mirror import LiveMember, Mirror
-from imgsvc.metadata.sqlite import SqliteMetadataStore
-from imgsvc.metadata.store import Member, MetadataStore
 from imgsvc.pools import Pool
 from imgsvc.room import Room
 from imgsvc.scrubber import Scrubber
 from imgsvc.service import ImageService
 from imgsvc.settings import Settings
 from imgsvc.settlements import Settlements
+from imgsvc.stores import closed_by, open_images, open_records, this_member
 from imgsvc.transfers import Transfers
 from imgsvc.uploads import Uploads
-
-if TYPE_CHECKING:
-    from imgsvc.cluster.membership import Membership
 
 # Within which a request gets its answer although a store hangs: soon enough for one that promises it within ten.
 _ANSWER_SECONDS = 8.0
 
 log = structlog.get_logger()
-
-
-class _Closable(Protocol):
-    def close(self) -> None: ...
-
-
-Closing = TypeVar("Closing", bound=_Closable)
 
 
 class Context:
@@ -90,28 +67,24 @@ class Context:
             # One for each processor of a small machine: hashing is all that they do.
             self._hashers = ThreadPoolExecutor(2, thread_name_prefix="hash")
             opened.callback(self._hashers.shutdown)
-            self.records_pool = _opened(opened, Pool("records", 16, patience=1.5, limit=_ANSWER_SECONDS))
+            self.records_pool = closed_by(opened, Pool("records", 16, patience=1.5, limit=_ANSWER_SECONDS))
             # For who only reads, and may be answered from memory while the others wait for etcd.
-            self.looks_pool = _opened(opened, Pool("looks", 8, patience=1.5, limit=_ANSWER_SECONDS))
-            self.ends_pool = _opened(opened, Pool("ends", 16, limit=min(_ANSWER_SECONDS, self.grace or math.inf)))
-            self.reads_pool = _opened(opened, Pool("reads", 8))
-            self.bytes_pool = _opened(opened, Pool("bytes", 8))
+            self.looks_pool = closed_by(opened, Pool("looks", 8, patience=1.5, limit=_ANSWER_SECONDS))
+            self.ends_pool = closed_by(opened, Pool("ends", 16, limit=min(_ANSWER_SECONDS, self.grace or math.inf)))
+            self.reads_pool = closed_by(opened, Pool("reads", 8))
+            self.bytes_pool = closed_by(opened, Pool("bytes", 8))
             # One waits in each for other members to copy an image.
-            self.copies_pool = _opened(opened, Pool("copies", 64))
-            self.health_pool = _opened(opened, Pool("health", 2, patience=1.5))
-            self.members_pool = _opened(opened, Pool("members", 1, patience=1.5))
-            self.images = _opened(opened, _open_images(settings))
-            member = Member(
-                id=settings.cluster.member_id or self.images.member,
-                site=_site(self.images),
-                url=settings.cluster.advertise_url or f"http://{_reachable(settings.host)}:{port}",
-            )
+            self.copies_pool = closed_by(opened, Pool("copies", 64))
+            self.health_pool = closed_by(opened, Pool("health", 2, patience=1.5))
+            self.members_pool = closed_by(opened, Pool("members", 1, patience=1.5))
+            self.images = closed_by(opened, open_images(settings))
+            member = this_member(settings, self.images, port)
             self.member_id = member.id
             self._this = ThisMember(member, self.images)
             self.signatures = Signatures(settings.cluster.secret, member.id)
             self.peers = Peers(self.signatures, settings.cluster.peer_timeout)
             self.mirror = Mirror() if settings.metadata_store.type == "etcd" else None
-            self.records, self._membership = _open_records(
+            self.records, self._membership = open_records(
                 settings, member, opened, self._this, self.mirror, position=self.images.remembered("records")
             )
             self._wire()
@@ -298,125 +271,3 @@ class Context:
         if not self._closing:
             self._maintenance.reconcile()
             self.pulls.reconcile()
-
-
-@contextlib.contextmanager
-def opened_beside(settings: Settings) -> Iterator[tuple[ImageStore, MetadataStore]]:
-    """The stores, for a short work on complete images beside a service that uses them, if one runs: nothing is locked,
-    nobody is told of another member, and no image can come in. Raises ConfigError unless a service has used them."""
-    files = settings.metadata_store.type in ("sqlite", "kvite")
-    if settings.image_store.type == "memory" or settings.metadata_store.type == "memory":
-        raise ConfigError("what is kept in memory is seen by the service alone")
-    if files and not settings.metadata_store.filename.exists():
-        raise ConfigError(f"there are no records in {settings.metadata_store.filename}")
-    with contextlib.ExitStack() as opened:
-        images = _opened(opened, FilesystemImageStore(settings.image_store.directory, beside=True))
-        member = Member(id=images.member, site=_site(images), url="")
-        yield images, _open_records(settings, member, opened)[0]
-
-
-def _site(images: ImageStore) -> str:
-    return f"{socket.gethostname()}:{images.place}"
-
-
-def _seat(settings: Settings) -> str:
-    """Names the place of this process: the directory that it has locked, on this machine since it was booted."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    if settings.image_store.type == "memory":
-        return f"{boot}/{os.getpid()}"
-    found = settings.image_store.directory.stat()
-    return f"{boot}/{found.st_dev}:{found.st_ino}"
-
-
-def _reachable(host: str) -> str:
-    """What other hosts may find in a URL for the address that the service listens on."""
-    if host in ("", "0.0.0.0", "::"):  # noqa: S104 - compared, not listened on
-        return socket.gethostname()
-    return f"[{host}]" if ":" in host else host
-
-
-def _opened(stack: contextlib.ExitStack, thing: Closing) -> Closing:
-    stack.callback(thing.close)
-    return thing
-
-
-def _open_images(settings: Settings) -> ImageStore:
-    if settings.image_store.type == "memory":
-        return MemoryImageStore()
-    _make_data_dir(settings, settings.image_store.directory)
-    return FilesystemImageStore(settings.image_store.directory)
-
-
-def _open_records(
-    settings: Settings,
-    member: Member,
-    opened: contextlib.ExitStack,
-    this: ThisMember | None = None,
-    mirror: Mirror | None = None,
-    *,
-    position: str = "",
-) -> tuple[MetadataStore, Membership | None]:
-    """`this` is the member that transfers, `mirror` is what is to be filled; None for a work beside it. `position` is
-    how far the last run had come. Where records are not shared, there is no membership."""
-    wanted = settings.metadata_store
-    if wanted.type == "etcd":
-        return _open_etcd(settings, member, opened, this, mirror, position=position)
-    if wanted.type == "memory":
-        return MemoryMetadataStore(member), None
-    _make_data_dir(settings, wanted.filename)
-    store = (
-        open_kvite(wanted.filename, wanted.table, member)
-        if wanted.type == "kvite"
-        else SqliteMetadataStore(wanted.filename, member)
-    )
-    opened.callback(store.close)
-    return store, None
-
-
-def _open_etcd(
-    settings: Settings,
-    member: Member,
-    opened: contextlib.ExitStack,
-    this: ThisMember | None,
-    mirror: Mirror | None,
-    *,
-    position: str,
-) -> tuple[MetadataStore, Membership | None]:
-    # Late: who does without etcd need not load gRPC.
-    from imgsvc.cluster.membership import Membership, NoLease  # noqa: PLC0415
-    from imgsvc.etcd import Etcd  # noqa: PLC0415
-    from imgsvc.metadata.etcd import EtcdMetadataStore  # noqa: PLC0415
-
-    wanted = settings.metadata_store
-    etcd = _opened(
-        opened,
-        Etcd(
-            wanted.machines,
-            cert=wanted.cert,
-            key=wanted.key,
-            ca_cert=wanted.ca_cert,
-            user=wanted.user,
-            password=wanted.password,
-        ),
-    )
-    membership: Membership | None = None
-    if this is not None:
-        if not settings.cluster.secret:
-            log.warning(
-                "without cluster.secret, whoever reaches this service is believed to be a member of the cluster"
-            )
-        ttl = settings.cluster.lease_ttl
-        membership = _opened(opened, Membership(etcd, wanted.prefix, this, seat=_seat(settings), ttl=ttl))
-    store = EtcdMetadataStore(etcd, wanted.prefix, member, membership or NoLease(), mirror, position=position)
-    return _opened(opened, store), membership
-
-
-def _make_data_dir(settings: Settings, path: Path) -> None:
-    """Only where this path is to be in it; its parent is the operator's business."""
-    if path.parent == settings.data_dir:
-        try:
-            if not settings.data_dir.exists():
-                settings.data_dir.mkdir()
-                sync_directory(settings.data_dir.parent)
-        except OSError as error:
-            raise ConfigError(f"dataDir {settings.data_dir} cannot be made: {error.strerror}") from error

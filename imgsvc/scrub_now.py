@@ -6,12 +6,12 @@ import signal
 import threading
 from collections import Counter
 
-from imgsvc.context import opened_beside
 from imgsvc.errors import Stopping
 from imgsvc.images.store import ImageStore
 from imgsvc.metadata.store import MetadataStore
 from imgsvc.scrub import Outcome, Scrub
 from imgsvc.settings import Settings
+from imgsvc.stores import opened_beside
 from imgsvc.whole import Pace
 
 _BAD = (Outcome.DAMAGED, Outcome.UNREAD)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from imgsvc.config import load
-from imgsvc.context import Context, _reachable
+from imgsvc.context import Context
+from imgsvc.stores import reachable
 
 
 @pytest.mark.parametrize(("images", "records"), [("fs", "memory"), ("memory", "sqlite")])
@@ -40,4 +41,4 @@ def test_the_data_directory_is_made_only_for_what_is_put_into_it(tmp_path: Path,
 )
 def test_what_other_hosts_are_told_of_the_address(host: str, shown: str) -> None:
     """It is for a URL, and an address that stands for all of them leads nowhere."""
-    assert _reachable(host) == shown
+    assert reachable(host) == shown
