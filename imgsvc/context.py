@@ -109,6 +109,8 @@ class Context:
         self.fetcher = Fetcher(self.settings.fetch, self.images, self.records, self.transfers, settlements)
         self._digests = Digests(self.images, self.records)
         self.pulls = self._make_pulls(settlements, room)
+        self.copies = Copies(self.pulls, self.records.get, self._has)
+        self.checks = Checks(self.images, self.records, held=self._is_held, damaged=self.copies.mend)
         self.service = ImageService(
             self.images,
             self.records,
@@ -119,6 +121,7 @@ class Context:
             pulls=self.pulls,
             orders=self._orders,
             served=self._cache.served,
+            damaged=self.checks.submit,
             me=self._this.id,
         )
         self.uploads = Uploads(
@@ -127,13 +130,6 @@ class Context:
         self._takeover = None if self.mirror is None else self._new_takeover(self.mirror)
         self._history = History(self.images, self.records)
         self._maintenance = Maintenance(self.images, self.records, self.fetcher, self.uploads, self._digests)
-        self.copies = Copies(self.pulls, self.records.get, self._has)
-        self.checks = Checks(
-            self.images,
-            self.records,
-            held=self._is_held,
-            damaged=self.copies.mend,
-        )
         self._replicator = Replicator(
             known, self.pulls, cluster, me=self._this.id, fits=fits, may_work=self._is_trusted
         )

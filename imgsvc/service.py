@@ -15,7 +15,17 @@ import structlog
 from imgsvc.cluster.orders import Orders
 from imgsvc.cluster.pulls import Pulls
 from imgsvc.digests import Digests
-from imgsvc.errors import Conflict, Elsewhere, ImgsvcError, Invalid, NotComplete, NotFound, SourceTaken, Unavailable
+from imgsvc.errors import (
+    Conflict,
+    Elsewhere,
+    ImgsvcError,
+    Invalid,
+    NotComplete,
+    NotFound,
+    SourceTaken,
+    Unavailable,
+    Unreadable,
+)
 from imgsvc.fetcher import Fetcher
 from imgsvc.images.store import ImageReader, ImageStore
 from imgsvc.metadata.image import Image, ImageType, Status, is_id, new_id
@@ -46,9 +56,11 @@ class ImageService:
         pulls: Pulls,
         orders: Orders,
         served: Callable[[str], None],
+        damaged: Callable[[str], None],
         me: str,
     ) -> None:
-        """`served` is told of each image that somebody begins to read here; it does not block. `me` is what records call
+        """`served` is told of each image that somebody begins to read here, `damaged` of each whose bytes
+        here seem to be; that may raise Unavailable, and neither blocks. `me` is what records call
         this member."""
         self._images = images
         self._records = records
@@ -59,6 +71,7 @@ class ImageService:
         self._pulls = pulls
         self._orders = orders
         self._served = served
+        self._damaged = damaged
         self._me = me
         self._fetching_again = threading.Lock()
 
@@ -166,12 +179,22 @@ class ImageService:
         try:
             return image, self._open_bytes(image), stale
         except (NotFound, Unavailable) as trouble:
+            if isinstance(trouble, Unreadable):
+                self.doubt(image.id)
             if not own:
                 with contextlib.suppress(Elsewhere):
                     return image, self._pulls.open(image), stale
             if isinstance(trouble, Unavailable):
                 raise
             raise self._elsewhere(image) from trouble
+
+    def doubt(self, image_id: str) -> None:
+        """The bytes that are here cannot be read: what becomes of them is found out in the background, where another
+        member may have the image. Never blocks or raises."""
+        try:
+            self._damaged(image_id)
+        except Unavailable as error:
+            log.warning("image not looked at", image=image_id, reason=str(error))
 
     def _elsewhere(self, image: Image) -> Unavailable:
         """What is to be said of an image that is not here."""
@@ -199,7 +222,7 @@ class ImageService:
         if reader.size != image.size:
             reader.close()
             log.error("bytes of a complete image have changed", image=image.id, bytes=reader.size, size=image.size)
-            raise Unavailable(f"the image has {reader.size} bytes on the disk, and should have {image.size}")
+            raise Unreadable(f"the image has {reader.size} bytes on the disk, and should have {image.size}")
         return reader
 
     def _fetch_if_created(self, image_id: str) -> None:

@@ -86,6 +86,7 @@ class Rooms:
             doubt=partial(self.digests.submit, doubted=True),
         )
         self.served: list[str] = []
+        self.damaged: list[str] = []
         self.service = ImageService(
             self.images,
             self.records,
@@ -96,6 +97,7 @@ class Rooms:
             pulls=self.pulls,
             orders=Orders(None, Peers(Signatures("", disk.member), 1.0), disk.member, partial(has_room, reserve)),
             served=self.served.append,
+            damaged=self.damaged.append,
             me=base._member.id,  # type: ignore[attr-defined]  # every store has it
         )
         self.uploads = Uploads(self.images, self.records, self.transfers, self.settlements, expire=expire)

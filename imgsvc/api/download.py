@@ -17,7 +17,7 @@ from imgsvc.api.conditions import Validators, precondition, range_applies, valid
 from imgsvc.api.outlet import Outlet
 from imgsvc.api.ranges import ByteRange, Unsatisfiable, requested_range
 from imgsvc.cluster.supply import LOAD
-from imgsvc.errors import IdleTimeout
+from imgsvc.errors import IdleTimeout, Unreadable
 from imgsvc.images.store import ImageReader
 from imgsvc.metadata.image import Image
 
@@ -48,6 +48,9 @@ class DownloadHandler(BaseHandler):
         self.say_stale(stale)
         try:
             await self._answer(image, reader)
+        except Unreadable:
+            self.context.service.doubt(image.id)
+            raise
         finally:
             reader.close()
 

@@ -103,6 +103,16 @@ def test_a_check_where_it_is_not(hosts: dict[str, Service]) -> None:
     assert replicas(hosts["b"], image_id) == ["a"]
 
 
+def test_a_download_of_what_was_cut(hosts: dict[str, Service]) -> None:
+    """Whoever meets damage has it looked at: the client gets the image from the other member, and then it is mended."""
+    image_id = stored_at_both(hosts)
+    (hosts["b"].images_dir / image_id).write_bytes(BODY[:-1])
+    hosts["b"].expect_errors("bytes of a complete image have changed", *DAMAGE)
+    assert hosts["b"].download(image_id).body == BODY
+    wait_for(lambda: is_mended(hosts, image_id), 15, "a good copy is there")
+    assert aside(hosts["b"]) == [BODY[:-1]]
+
+
 def test_the_only_copy_rots(hosts: dict[str, Service]) -> None:
     """It is an error, which says so, and the bytes are kept for a person."""
     image_id = str(hosts["a"].upload(BODY)["id"])

@@ -22,6 +22,23 @@ def dataset(zfs_pool: ZfsPool) -> Iterator[str]:
     zfs_pool.destroy(name)
 
 
+def test_a_block_that_a_client_finds(zfs_pool: ZfsPool, dataset: str, new_host: StartService) -> None:
+    """A member of a cluster looks at once, for another one may have the image."""
+    service = new_host(zfs_pool.directory / dataset / "data", scrub_interval=0)
+    body = os.urandom(2 * MIB)
+    image = service.upload(body)
+    service.close()
+    zfs_pool.unmount(dataset)
+    zfs_pool.rot(body[MIB : MIB + 64])
+    zfs_pool.mount(dataset)
+    service.expect_errors("image damaged")
+    service.start()
+    with pytest.raises(IncompleteRead):
+        service.download(image["id"])
+    assert "Input/output error" in service.wait_status(image["id"], "error", timeout=10.0)["error"]
+    service.close()
+
+
 def test_a_block_that_cannot_be_read(zfs_pool: ZfsPool, dataset: str, start_service: StartService) -> None:
     """The image is set aside, with what can be read of it, and says why; the others are as they were."""
     service = start_service(zfs_pool.directory / dataset / "data")
