@@ -24,6 +24,8 @@ PATIENCE = 3 * LEASE + 12.0
 # How many images are downloaded from each member after a step.
 _SAMPLE = 6
 _START_SECONDS = 20.0
+# The part of the steps after which it is waited for transfers without an owner.
+_WAITS = 0.3
 _CUT = (OSError, http.client.HTTPException)
 _ENDED = (Status.COMPLETE, Status.ERROR)
 
@@ -42,8 +44,15 @@ class Checks:
         self._orphans: dict[str, float] = {}
 
     def hold(self, chance: random.Random) -> None:
-        """Returns when there is no trouble; fails when there is one for too long."""
-        self._until(lambda: self._troubles(_sampled(self._model.kept(), chance)), PATIENCE)
+        """Returns when there is no trouble; fails when there is one for too long. Now and then it waits for what a member
+        that is gone was transferring, too: others must see to that."""
+        waits = chance.random() < _WAITS
+
+        def troubles() -> list[str]:
+            found = self._troubles(_sampled(self._model.kept(), chance))
+            return [*found, *self._given_up()] if waits else found
+
+        self._until(troubles, PATIENCE)
 
     def hold_for_all(self) -> None:
         """As `hold`, when every fault is over and nobody asks for anything: all has settled everywhere."""
@@ -185,12 +194,28 @@ class Checks:
         """Images in transfer whose owner has died; those who could take them over have three leases for it."""
         orphans = {each for each, stored in images.items() if stored.image and stored.image.in_transfer}
         orphans = {each for each in orphans if not images[each].owner and images[each].waits_until < time.time()}
-        able = [each for each in self._cluster.live() if self._is_ready(each) and self._cluster.reaches_etcd(each)]
         now = time.monotonic()
-        self._orphans = {each: self._orphans.get(each, now) for each in orphans} if able else {}
+        self._orphans = {each: self._orphans.get(each, now) for each in orphans} if self._able() else {}
         for image_id, since in self._orphans.items():
             if now > since + 3 * LEASE:
                 yield f"image {image_id} has been in transfer without an owner for {now - since:.1f} s"
+
+    def _given_up(self) -> Iterator[str]:
+        """Transfers whose owner is gone, whether etcd knows yet or not, as soon as somebody can see to them."""
+        able = self._able()
+        try:
+            stored = self._cluster.stored() if able else {}
+        except OSError:
+            return
+        there = {member.id for member in able}
+        for image_id, each in stored.items():
+            waits = each.image is None or not each.image.in_transfer or each.waits_until > time.time()
+            if not waits and each.owner not in there:
+                yield f"image {image_id} is in transfer by {each.owner or 'nobody'}, who is gone"
+
+    def _able(self) -> list[Member]:
+        """The members that are there for etcd and for clients."""
+        return [each for each in self._cluster.live() if self._is_ready(each) and self._cluster.reaches_etcd(each)]
 
     # In the end.
 

@@ -73,7 +73,7 @@ class Clients:
     def _post(self, member: Member, chance: random.Random) -> None:
         number = chance.randrange(_SOURCES)
         content = random.Random(number).randbytes(50_000 * (number + 1))
-        resource = Resource(content, rate=chance.choice([None, 200_000.0]), etag=chance.choice(["", '"one"']))
+        resource = Resource(content, rate=chance.choice([None, 80_000.0]), etag=chance.choice(["", '"one"']))
         url = self._source.serve(f"/{number}", resource)
         self._model.offer(url, digest(content))
         answer = _answer(member, lambda: member.post({"source": url, "type": "kvm"}), (202, 503, 507))

@@ -17,8 +17,14 @@ from tests.faults.disks import Disks
 from tests.faults.model import Model
 from tests.faults.plan import FULL_DISKS, PARTITIONS, Step, plan
 
-# A scrub follows the other, so that what rots is found.
-SETTINGS: dict[str, object] = {"scrub_interval": 2, "scrub_bytes_per_second": 50_000_000, "fetch_retries": 3}
+SETTINGS: dict[str, object] = {
+    "fetch_retries": 3,
+    # A scrub follows the other, so that what rots is found.
+    "scrub_interval": 3,
+    "scrub_bytes_per_second": 50_000_000,
+    # Copies beyond the wanted number go at once, so that there is always something to pull.
+    "cluster_cache_high_water": "1%",
+}
 # To have the same run again: its seed, and how many of its steps.
 SEED = os.environ.get("FAULTS_SEED", "")
 STEPS = os.environ.get("FAULTS_STEPS", "")
