@@ -16,7 +16,7 @@ import structlog
 from imgsvc.errors import Conflict, ImgsvcError, NoSpace, NotFound, Stopping, Unavailable, Unreadable
 from imgsvc.images.store import ImageReader, ImageStore
 from imgsvc.metadata.image import Image, Status
-from imgsvc.metadata.store import Entry, MetadataStore, let_go
+from imgsvc.metadata.store import MetadataStore, let_go
 from imgsvc.whole import Pace, digest_of
 
 # Seconds before a store that did not answer is asked again, and before a disk that did not.
@@ -81,11 +81,11 @@ class Scrub:
         """
         while True:
             try:
-                for page in self._records.survey():
-                    for entry in page:
-                        if entry.image.id > after and _is_here(entry):
-                            yield self._checked(entry.image.id)
-                            after = entry.image.id
+                for page in self._records.held():
+                    for image_id in page:
+                        if image_id > after:
+                            yield self._checked(image_id)
+                            after = image_id
             except Unavailable as error:
                 log.warning("scrub waits", reason=str(error))
                 self._wait(_RETRY_INTERVAL)
@@ -114,7 +114,7 @@ class Scrub:
             return Finding(image_id, Outcome.UNREAD, reason=str(error))
 
     def _check(self, image_id: str) -> Finding:
-        image = self._records.get(image_id)  # a survey of a long pass is old
+        image = self._records.get(image_id)  # a page of a long pass is old
         self._require_note(image)
         if image.status is not Status.COMPLETE:
             return Finding(image_id, Outcome.LEFT, reason="it is not complete any more")
@@ -291,10 +291,6 @@ class Scrub:
     def _wait(self, seconds: float) -> None:
         if self._closing.wait(seconds):
             raise Stopping("the scrub was stopped")
-
-
-def _is_here(entry: Entry) -> bool:
-    return entry.here and entry.image.status is Status.COMPLETE
 
 
 def _unread(image: Image, fault: _Fault) -> Finding:

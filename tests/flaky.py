@@ -116,7 +116,7 @@ class Faults:
 
 
 def flaky_records(store: MetadataStore, faults: Faults) -> MetadataStore:
-    """Each page of a list or survey is a call named `page`."""
+    """Each page of a list, of a survey or of what is held is a call named `page`."""
     return cast("MetadataStore", _Flaky(store, faults))
 
 
@@ -141,7 +141,7 @@ class _Flaky:
                 self._faults.writers.append(result)
             if name in ("writer", "open"):
                 return _Flaky(result, self._faults)
-            return self._pages(result) if name in ("list", "survey") else result
+            return self._pages(result) if name in ("list", "survey", "held") else result
 
         def call(*args: Any, **kwargs: Any) -> Any:
             return self._faults.perform(name, lambda: apply(*args, **kwargs))

@@ -98,8 +98,7 @@ class EtcdMetadataStore:
             images = (entry.image for entry, _ in self._entries())
             yield from _pages(image.to_json() for image in images if image_type in (None, image.type))
             return
-        if not self._follower.wait(time_left(_FILL_SECONDS)):
-            raise Unavailable("the records have not been read yet")
+        self._wait_for_records(self._follower)
         yield from self._mirror.list(image_type)
 
     def survey(self) -> Iterator[Sequence[Entry]]:
@@ -110,6 +109,17 @@ class EtcdMetadataStore:
                 if entry.image.source and self._layout.source(entry.image.source) not in claimed:
                     self._etcd.transact([created_at(item.key, item.created)], self._claiming(entry.image))
             yield [self._taken_over(entry) if is_foreign(item) else entry for entry, item in page]
+
+    def held(self) -> Iterator[Sequence[str]]:
+        if self._mirror is None or self._follower is None:
+            keys = (item.key for item in self._keys.scan(self._layout.images, keys_only=True))
+            ids_of_keys = ((key, self._layout.split(key)[0]) for key in keys)
+            yield from _pages(each for key, each in ids_of_keys if key == self._layout.replica(each, self._member.id))
+            return
+        self._wait_for_records(self._follower)
+        for page in self._mirror.pages():
+            if ids := [known.id for known in page if self._member.id in known.replicas]:
+                yield ids
 
     def get(self, image_id: str) -> Image:
         return self._image(self._find(image_id))
@@ -319,6 +329,10 @@ class EtcdMetadataStore:
             return found.image()
         except ValueError as error:
             raise Unavailable(f"what etcd has at {self._layout.record(found.id)} is no image: {error}") from error
+
+    def _wait_for_records(self, follower: Follower) -> None:
+        if not follower.wait(time_left(_FILL_SECONDS)):
+            raise Unavailable("the records have not been read yet")
 
     def _entries(self) -> Iterator[tuple[Entry, KeyValue]]:
         for found in grouped(self._layout, self._keys.scan(self._layout.images)):

@@ -66,7 +66,12 @@ class MetadataStore(Protocol):
         then it shows at once what this member has written, and what others have within a second. It never blocks."""
 
     def survey(self) -> Iterator[Sequence[Entry]]:
-        """As `list`, but images, with who is transferring and who holds."""
+        """As `list`, but images, with who is transferring and who holds. It keeps what grows with the number of images
+        until it is over."""
+
+    def held(self) -> Iterator[Sequence[str]]:
+        """Pages of ids, ordered, of the images that this member is on record as holding, in a store that no other host
+        shares of the complete ones; what is so throughout is in it exactly once. It may take days to go through."""
 
     def get(self, image_id: str) -> Image: ...
 

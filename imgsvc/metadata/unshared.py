@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from imgsvc.errors import Conflict
 from imgsvc.metadata.image import Image, Status
@@ -23,6 +23,14 @@ class Unshared:
 
     def update(self, image: Image) -> Image:
         raise NotImplementedError
+
+    def survey(self) -> Iterator[Sequence[Entry]]:
+        raise NotImplementedError
+
+    def held(self) -> Iterator[Sequence[str]]:
+        for page in self.survey():
+            if ids := [entry.image.id for entry in page if entry.here]:
+                yield ids
 
     @property
     def stale(self) -> float | None:

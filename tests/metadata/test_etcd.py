@@ -19,6 +19,7 @@ from imgsvc.errors import Conflict, Invalid, NoSpace, NotFound, SourceTaken, Una
 from imgsvc.etcd import Etcd
 from imgsvc.etcd_layout import Layout
 from imgsvc.etcd_messages import Etcd3Client, put
+from imgsvc.metadata.etcd import EtcdMetadataStore
 from imgsvc.metadata.etcd_images import stored_document
 from imgsvc.metadata.image import Image, ImageType, Status, new_id, parse_time
 from imgsvc.metadata.store import Entry, Member
@@ -405,6 +406,21 @@ class TestSize:
         assert ids == sorted(ids)
         assert max(len(page) for page in pages) <= 1_000
         assert len([each for page in many.list(ImageType.KVM) for each in page]) == MANY // 2
+
+    def test_held(self, many: OwnedEtcdStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Who goes through it for days costs etcd nothing, nor memory for what others hold; who has no mirror reads the
+        keys alone."""
+        started = many.create(image()).started(5)
+        held = many.update(many.update(started).completed(5, "ab"))
+        released = many.update(many.create(image()).completed(5, "cd"))
+        many.release(released.id)
+        beside = EtcdMetadataStore(many.etcd, many._layout.prefix, many.member, many.membership)
+        assert list(beside.held()) == [(held.id,)]
+        with monkeypatch.context() as patch:
+            patch.setattr(many.etcd, "range", None)
+            assert list(many.held()) == [[held.id]]
+        for each in (held, released):
+            many.delete(each.id)
 
     def test_compaction_between_pages(self, many: OwnedEtcdStore, etcd: EtcdCluster) -> None:
         """A survey goes on when etcd drops the revision that it was reading; what exists throughout is in it once."""

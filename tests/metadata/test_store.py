@@ -387,6 +387,15 @@ class TestListing:
         """Without images there is no page."""
         assert list(store.list()) == []
         assert list(store.survey()) == []
+        assert list(store.held()) == []
+
+    def test_held(self, store: MetadataStore) -> None:
+        """Those that are complete, in order, and no others."""
+        store.create(image())
+        store.update(store.create(image()).failed("gone"))
+        complete = [store.update(store.create(image()).completed(5, "ab")) for _ in range(3)]
+        store.delete(complete.pop().id)
+        assert [each for page in store.held() for each in page] == sorted(image.id for image in complete)
 
     def test_pages(self, store: MetadataStore) -> None:
         """2,500 images come in three pages, ordered by id, and so do they with their surroundings."""
