@@ -81,7 +81,7 @@ class MetadataMachine(RuleBasedStateMachine):
             self.owned.discard(image.id)
         if image.status is Status.COMPLETE:
             self.held.add(image.id)
-        elif image.status is Status.ERROR:
+        else:
             self.held.discard(image.id)
 
     @initialize()
@@ -153,11 +153,12 @@ class MetadataMachine(RuleBasedStateMachine):
     @rule(state=states)
     def hold(self, state: Image) -> None:
         self.last_update = None  # repeating it may or may not decide again who holds
-        if state.id in self.images:
+        current = self.images.get(state.id)
+        if current is not None and (current.status is Status.COMPLETE or not self.shared):
             self.store.hold(state.id)
             self.held.add(state.id)
         else:
-            with pytest.raises(NotFound):
+            with pytest.raises(NotFound if current is None else Conflict):
                 self.store.hold(state.id)
 
     @rule(state=states)
