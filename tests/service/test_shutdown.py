@@ -177,19 +177,21 @@ def test_not_ready_without_its_records(start_service: StartService) -> None:
 
 
 def test_not_ready_without_etcd(start_service: StartService, own_etcd: EtcdCluster) -> None:
-    """With etcd gone each request is 503 within ten seconds, /readyz names the metadata store, and everything works
-    again by itself when etcd is back."""
+    """With etcd gone each request that writes is 503 within ten seconds, those that read are answered from memory,
+    /readyz names the metadata store, and everything works again by itself when etcd is back."""
     service = start_service(metadata_store_type="etcd", metadata_store_config_machines=own_etcd.endpoints)
     image = service.upload(b"content")
     own_etcd.kill(0)
-    requests = [("GET", "/readyz"), ("GET", "/images"), ("GET", f"/images/{image['id']}"), ("PUT", "/images")]
+    requests = [("GET", "/readyz"), ("PUT", "/images"), ("GET", "/images"), ("GET", f"/images/{image['id']}")]
     began = time.monotonic()
     with ThreadPoolExecutor(len(requests)) as pool:
         asked = [pool.submit(service.request, *request, None, {"X-Image-Type": "kvm"}) for request in requests]
         answers = [answer.result() for answer in asked]
     assert time.monotonic() - began < 10
-    assert [(answer.status, answer.json()["code"]) for answer in answers] == [(503, 503)] * len(requests)
+    assert [(answer.status, answer.json()["code"]) for answer in answers[:2]] == [(503, 503)] * 2
     assert "metadata" in answers[0].message
+    assert [answer.status for answer in answers[2:]] == [200, 200]
+    assert (answers[2].json(), answers[3].json()) == ([image], image)
     assert service.get("/healthz").status == 200
     own_etcd.start(0)
     own_etcd.wait_healthy()
