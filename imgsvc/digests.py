@@ -12,7 +12,7 @@ import structlog
 
 from imgsvc.errors import Conflict, ImgsvcError, NotFound, Stopping, Unavailable
 from imgsvc.images.store import ImageStore
-from imgsvc.metadata.image import Image, Status
+from imgsvc.metadata.image import DAMAGED, Image, Status
 from imgsvc.metadata.store import MetadataStore, let_go
 from imgsvc.whole import digest_of
 
@@ -146,9 +146,7 @@ class Digests:
         """One that nobody is on record as holding stays complete: a member that has yet to start may have its bytes."""
         if image.replicas == ():
             return
-        reason = (
-            f"the image is damaged: its sha256 is {sha256}, and should be {image.sha256}; its bytes are in quarantine"
-        )
+        reason = f"{DAMAGED}its sha256 is {sha256}, and should be {image.sha256}; its bytes are in quarantine"
         self._records.lose_copy(image.progressed(0).failed(reason), lambda: not self._has_bytes(image.id))
 
     def _has_bytes(self, image_id: str) -> bool:

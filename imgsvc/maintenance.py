@@ -11,7 +11,7 @@ from imgsvc.digests import Digests
 from imgsvc.errors import ConfigError, Conflict, ImgsvcError, NoSpace, NotFound
 from imgsvc.fetcher import Fetcher
 from imgsvc.images.store import ImageStore
-from imgsvc.metadata.image import Image, Status
+from imgsvc.metadata.image import DAMAGED, LOST, Image, Status
 from imgsvc.metadata.store import Entry, MetadataStore, let_go
 from imgsvc.uploads import Uploads
 
@@ -49,10 +49,7 @@ class Maintenance:
         for page in self._records.survey():
             for entry in page:
                 orphans.discard(entry.image.id)
-                if entry.image.status is Status.COMPLETE:
-                    self._check_complete(entry, stored)
-                elif entry.image.in_transfer:
-                    to_fetch += self._check_transfer(entry, stored, unfinished, identity)
+                to_fetch += self._check(entry, stored, unfinished, identity)
         if self._images.marked_for in ("", identity):
             for image_id in unfinished:
                 self._images.unclaim(image_id)
@@ -92,6 +89,16 @@ class Maintenance:
             return traces
         return entry.owner == self._images.member
 
+    def _check(self, entry: Entry, stored: set[str], unfinished: set[str], identity: str) -> list[str]:
+        """The id of the fetch that is to be submitted again, if it is one of ours."""
+        if entry.image.in_transfer:
+            return self._check_transfer(entry, stored, unfinished, identity)
+        if entry.image.status is Status.COMPLETE:
+            self._check_complete(entry, stored)
+        elif entry.image.id in stored:
+            self._check_failed(entry.image, identity)
+        return []
+
     def _check_transfer(self, entry: Entry, stored: Collection[str], unfinished: set[str], identity: str) -> list[str]:
         """The id of the fetch that is to be submitted again, if it is one of ours."""
         image_id = entry.image.id
@@ -130,6 +137,13 @@ class Maintenance:
         self._images.unclaim(image.id)
         return []
 
+    def _check_failed(self, image: Image, identity: str) -> None:
+        """Bytes under the name of an image in error. Those of a transfer that another member has ended, between the
+        rename and its last step, are nobody's; those of an image that was complete are left to a person."""
+        if self._images.marked_for == identity and not image.error.startswith((LOST, DAMAGED)):
+            self._images.delete(image.id)
+            log.info("bytes of an image in error removed", image=image.id, reason=image.error)
+
     def _check_complete(self, entry: Entry, stored: set[str]) -> None:
         image = entry.image
         if image.id in stored:
@@ -158,7 +172,7 @@ class Maintenance:
         """This member cannot serve a complete image that it should hold."""
         log.error("image lost here", image=image.id, reason=reason)
         try:
-            self._records.lose_copy(image.failed(f"the image was lost: {reason}"), lambda: True)
+            self._records.lose_copy(image.failed(LOST + reason), lambda: True)
         except (Conflict, NotFound) as error:
             log.info("lost image settled otherwise", image=image.id, reason=str(error))
 

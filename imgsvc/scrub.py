@@ -15,7 +15,7 @@ import structlog
 
 from imgsvc.errors import Conflict, ImgsvcError, NoSpace, NotFound, Stopping, Unavailable, Unreadable
 from imgsvc.images.store import ImageReader, ImageStore
-from imgsvc.metadata.image import Image, Status
+from imgsvc.metadata.image import DAMAGED, Image, Status
 from imgsvc.metadata.store import MetadataStore, let_go
 from imgsvc.whole import Pace, digest_of
 
@@ -207,7 +207,7 @@ class Scrub:
             return _unread(image, fault)
         where, aside = moved
         log.error("image damaged", image=image.id, reason=fault.reason, bytes_are=where)
-        self._condemn(image, f"the image is damaged: {fault.reason}; {where}", aside=aside)
+        self._condemn(image, f"{DAMAGED}{fault.reason}; {where}", aside=aside)
         return Finding(image.id, Outcome.DAMAGED, reason=f"{fault.reason}; {where}")
 
     def _takes_changes(self) -> bool:

@@ -18,7 +18,7 @@ from imgsvc.scrub import Outcome, Scrub
 from imgsvc.transfer import Transfer
 from imgsvc.whole import Pace
 from tests.etcd_cluster import EtcdCluster
-from tests.flaky import DAMAGED, LOST, UNKNOWN, Fault, Killed
+from tests.flaky import DAMAGED, FULL, LOST, UNKNOWN, Fault, Killed
 from tests.harness import wait_for
 from tests.images.helpers import content, put
 from tests.left_behind import BODY, complete
@@ -424,3 +424,36 @@ def test_a_damaged_copy_when_records_are_away(
     found = [finding.outcome for finding in Scrub(two.images, two.records, Pace(0), threading.Event()).run()]
     assert (found, list(two.disk.quarantined())) == ([Outcome.DAMAGED], [image.id])
     assert one.base.get(image.id).replicas == (member_of(one),)
+
+
+@pytest.mark.parametrize("marker", ["these records", "others"])
+def test_bytes_of_a_transfer_that_another_member_has_ended(hosts: list[Rooms], marker: str) -> None:
+    """They go with the next start, in a directory that belongs to these records."""
+    one, two = hosts
+    image = left_by_a_fetch(one)
+    end_ownership(one)
+    two.base.update(two.base.get(image.id).failed("no member has room for it"))
+    if marker == "others":
+        one.disk.mark("others")
+    sweep(one)
+    assert set(one.disk.ids()) == (set() if marker == "these records" else {image.id})
+
+
+@pytest.mark.parametrize("find", [scrub, sweep])
+def test_bytes_of_an_image_that_was_complete(hosts: list[Rooms], find: Callable[[Rooms], None]) -> None:
+    """Those that could not be set aside, or are back on a disk that was away, are left to a person."""
+    one, _ = hosts
+    image = complete(one)
+    assert isinstance(one.disk, MemoryImageStore)
+    if find is scrub:
+        one.disk._images[image.id][:1] = b"T"
+        one.faults.always("quarantine", fault=FULL)
+        find(one)
+    else:
+        one.disk.delete(image.id)
+        find(one)
+        put(one.disk, image.id, BODY)
+    one.faults.heal()
+    sweep(one)
+    assert one.base.get(image.id).status is Status.ERROR
+    assert list(one.disk.ids()) == [image.id]

@@ -12,6 +12,9 @@ from enum import StrEnum
 from typing import Any, Self
 
 UNKNOWN_SIZE = -1
+# How the error of an image begins that was complete, and what a person may still find of it is worth a look.
+LOST = "the image was lost: "
+DAMAGED = "the image is damaged: "
 
 # Go writes the zero time for one that has not happened, and its clients cannot decode anything else in its place.
 _NEVER = "0001-01-01T00:00:00Z"
