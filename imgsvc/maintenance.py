@@ -160,8 +160,9 @@ class Maintenance:
                 # A size is not enough to vouch for what has a digest.
                 self._digests.submit(image.id, doubted=True)
             elif not image.sha256:
-                # One that another member has deleted since is told of once the sweep is over.
-                with contextlib.suppress(NotFound):
+                # One that another member has deleted since is told of once the sweep is over; one that it has put in
+                # error is the next start's.
+                with contextlib.suppress(NotFound, Conflict):
                     self._records.hold(image.id)
                 self._digests.submit(image.id)
         elif entry.here:

@@ -457,3 +457,14 @@ def test_bytes_of_an_image_that_was_complete(hosts: list[Rooms], find: Callable[
     sweep(one)
     assert one.base.get(image.id).status is Status.ERROR
     assert list(one.disk.ids()) == [image.id]
+
+
+def test_an_image_that_was_brought_here_and_is_condemned_meanwhile(hosts: list[Rooms]) -> None:
+    """It does not stop the start."""
+    one, two = hosts
+    image = complete(one, sha256="")
+    put(two.disk, image.id, BODY)
+    two.faults.at("hold", 1, lambda: one.base.update(one.base.get(image.id).failed("by hand")))
+    sweep(two)
+    found = two.base.get(image.id)
+    assert (found.status, found.replicas) == (Status.ERROR, ())
