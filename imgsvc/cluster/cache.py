@@ -13,7 +13,7 @@ from typing import Protocol
 import structlog
 
 from imgsvc.cluster.rendezvous import ranked
-from imgsvc.errors import ImgsvcError, NotFound
+from imgsvc.errors import Conflict, ImgsvcError, NotFound
 from imgsvc.images.store import ImageStore
 from imgsvc.metadata.image import Status
 from imgsvc.metadata.mirror import Known, Mirror
@@ -211,7 +211,7 @@ class Cache:
 
     def _note_again(self) -> None:
         for image_id in tuple(self._unnoted):
-            with contextlib.suppress(NotFound):
+            with contextlib.suppress(NotFound, Conflict):
                 self._images.size(image_id)
                 self._records.hold(image_id)
             self._unnoted.discard(image_id)

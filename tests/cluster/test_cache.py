@@ -13,7 +13,7 @@ from typing import cast
 import pytest
 
 from imgsvc.cluster.cache import Cache
-from imgsvc.errors import NoSpace, NotFound
+from imgsvc.errors import Conflict, NoSpace, NotFound
 from imgsvc.images.memory import MemoryImageStore
 from imgsvc.metadata.image import Image, ImageType, new_id
 from imgsvc.metadata.store import MetadataStore
@@ -327,6 +327,22 @@ def test_a_call_that_fails(hosts: Hosts, new_cache: NewCache, call: str, fault: 
     wait_until(lambda: used(hosts) == 0)
     assert held(hosts, images) == []
     assert call in faults.calls
+
+
+def test_one_that_is_not_complete_any_more(hosts: Hosts, new_cache: NewCache) -> None:
+    """It cannot be noted again after a call that failed, and does not keep the others from going."""
+    hold(hosts, "host-0", "host-1", count=6)
+    faults = Faults()
+    drops = itertools.count()
+
+    def plan(_number: int, name: str) -> Fault | None:
+        if name == "drop_copy" and next(drops) == 0:
+            return LOST
+        return Fault(Conflict("it is not complete any more")) if name == "hold" else None
+
+    faults.plan = plan
+    new_cache(high_water=0.01, faults=faults)
+    wait_until(lambda: used(hosts) == 0)
 
 
 def test_new_image_is_kept_while_it_is_the_only_copy(hosts: Hosts, new_cache: NewCache) -> None:
