@@ -56,9 +56,9 @@ class Layout:
         """What a running member says of itself; on its lease."""
         return f"{self.members}{member}"
 
-    def history(self, member: str) -> str:
-        """How often that member has noted, here and with its images, how far the records had come."""
-        return f"{self.prefix}/image-history/{member}"
+    def history(self, name: str) -> str:
+        """How often it was noted, here and with the images of one directory, how far the records had come."""
+        return f"{self.prefix}/image-history/{name}"
 
     def split(self, key: str) -> tuple[str, str]:
         """Image id, and the rest, of a key below `images`."""

@@ -72,7 +72,7 @@ class EtcdMetadataStore:
         self._keys = ImageKeys(etcd, self._layout, mirror)
         self._transfers = OwnTransfers(self._keys, self._layout, member, leases)
         self._copies = Copies(self._keys, self._layout, member.id, self.hold)
-        self._follower = None if mirror is None else Follower(etcd, self._layout, mirror, member.id, position)
+        self._follower = None if mirror is None else Follower(etcd, self._layout, mirror, position)
 
     @property
     def identity(self) -> str:

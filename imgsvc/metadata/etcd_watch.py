@@ -25,6 +25,7 @@ from imgsvc.etcd_messages import Change, Changes, KeyValue, Page, modified_at, p
 from imgsvc.etcd_scan import scan
 from imgsvc.metadata.etcd_deletions import Deletions
 from imgsvc.metadata.etcd_images import changed, grouped, read_member
+from imgsvc.metadata.image import is_id, new_id
 from imgsvc.metadata.mirror import Mirror
 
 # Seconds between two questions, and how long an answer may take.
@@ -45,8 +46,8 @@ log = structlog.get_logger()
 class Follower:
     """Fills the mirror until `close`. `answers` says whether etcd does, as far as is known."""
 
-    def __init__(self, etcd: Etcd, layout: Layout, mirror: Mirror, member: str, position: str = "") -> None:
-        """`member` is the id of this one, `position` what an earlier run of it came to."""
+    def __init__(self, etcd: Etcd, layout: Layout, mirror: Mirror, position: str = "") -> None:
+        """`position` is what an earlier run of this member came to."""
         self._answering = threading.Event()
         self._answering.set()
         self._etcd = etcd
@@ -70,8 +71,9 @@ class Follower:
         self._asked = False
         self._identity: tuple[int, str] | None = None
         self._went_back = False
-        # How often it was noted how far the records have come: in etcd, too, where a backup has less.
-        self._history = layout.history(member)
+        # How often it was noted how far the records have come: in etcd, too, where a backup has less. The name goes with
+        # the images, whatever their member is called.
+        self._history = new_id()
         self._count = 0
         self._go_on_from(position)
         self._trouble = ""
@@ -91,14 +93,15 @@ class Follower:
         noted. "" before it is known. Raises Unavailable."""
         with self._lock:
             identity, count = self._identity, self._count
-        if identity is None or last == _position(identity, self._mirror.newest, count):
+        if identity is None or last == self._position(identity, count):
             return last
-        self._etcd.transact([], [put(self._history, str(count + 1))], timeout=_ANSWER_SECONDS)
+        key = self._layout.history(self._history)
+        self._etcd.transact([], [put(key, str(count + 1))], timeout=_ANSWER_SECONDS)
         with self._lock:
             if (identity, count) != (self._identity, self._count):
                 return last  # it is another one by now
             self._count = count + 1
-        return _position(identity, self._mirror.newest, count + 1)
+        return self._position(identity, count + 1)
 
     def wait_for_position(self) -> None:
         """Returns once it is known which etcd it is. Raises Unavailable when that takes long."""
@@ -210,17 +213,20 @@ class Follower:
 
     def _noted(self) -> int:
         """The count in etcd."""
-        found = self._etcd.range(self._history, timeout=_ANSWER_SECONDS).items
+        found = self._etcd.range(self._layout.history(self._history), timeout=_ANSWER_SECONDS).items
         return int(found[0].text) if found and found[0].text.isdecimal() else 0
 
     def _go_on_from(self, position: str) -> None:
-        cluster, _, rest = position.partition(" ")
-        name, _, rest = rest.partition(" ")
-        revision, _, count = rest.partition(" ")
-        with contextlib.suppress(ValueError):  # none, or one that is damaged
-            identity, newest, self._count = (int(cluster, 16), name), int(revision), int(count)
-            self._identity = identity
-            self._mirror.reached(newest)
+        match position.split(" "):
+            case [cluster, name, newest, history, count] if newest.isdecimal() and count.isdecimal() and is_id(history):
+                with contextlib.suppress(ValueError):  # it is damaged
+                    self._identity = (int(cluster, 16), name)
+                    self._history, self._count = history, int(count)
+                    self._mirror.reached(int(newest))
+
+    def _position(self, identity: tuple[int, str], count: int) -> str:
+        cluster, name = identity
+        return f"{cluster:x} {name} {self._mirror.newest} {self._history} {count}"
 
     def _scan(self, start: str, revision: int) -> Iterator[KeyValue]:
         for item in scan(self._etcd, start, revision=revision, timeout=_PAGE_SECONDS):
@@ -362,11 +368,6 @@ class Follower:
         if not self._trouble:
             log.warning("etcd cannot be followed now", reason=str(error))
         self._trouble = str(error)
-
-
-def _position(identity: tuple[int, str], newest: int, count: int) -> str:
-    cluster, name = identity
-    return f"{cluster:x} {name} {newest} {count}"
 
 
 def _identity(page: Page) -> tuple[int, str]:
