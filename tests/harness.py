@@ -120,6 +120,11 @@ class Service(Client):
         return self._running().poll() is not None
 
     @property
+    def member(self) -> str:
+        """Its id, as it said when it was started."""
+        return str(self.events("listening")[-1]["member"])
+
+    @property
     def images_dir(self) -> Path:
         return Path(str(self.settings["image_store_config_dir"]))
 

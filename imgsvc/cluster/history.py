@@ -14,7 +14,7 @@ from imgsvc.metadata.store import MetadataStore
 # Seconds between two notes, each of which is a sync of the disk.
 _INTERVAL = 30.0
 # Seconds that a stop waits for the last one.
-_PATIENCE = 2.0
+_PATIENCE = 5.0
 
 log = structlog.get_logger()
 

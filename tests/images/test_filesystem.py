@@ -46,7 +46,8 @@ def test_layout(store: FilesystemImageStore, directory: Path, image_id: str) -> 
         writer.commit()
     assert tree(directory) == {".imgsvc", ".incoming", image_id}
     assert (directory / image_id).read_bytes() == b"whole"
-    assert json.loads((directory / ".imgsvc").read_text()) == {"member": store.member, "records": RECORDS}
+    marker = {"member": store.member, "records": RECORDS, "home": store.home}
+    assert json.loads((directory / ".imgsvc").read_text()) == marker
     assert store.place == str(directory)
 
 
