@@ -55,7 +55,7 @@ class Outlet:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._loop.remove_writer(self._socket)
+        self._loop.remove_writer(self._socket.fileno())
         self._socket.close()
 
     def send(self) -> None:
@@ -79,7 +79,7 @@ class Outlet:
     def writable(self) -> asyncio.Future[None]:
         """Done when the client takes more, or has left."""
         ready = self._loop.create_future()
-        self._loop.add_writer(self._socket, self._end_wait, ready)
+        self._loop.add_writer(self._socket.fileno(), self._end_wait, ready)
         return ready
 
     def end(self) -> None:
@@ -88,6 +88,6 @@ class Outlet:
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def _end_wait(self, ready: asyncio.Future[None]) -> None:
-        self._loop.remove_writer(self._socket)
+        self._loop.remove_writer(self._socket.fileno())
         if not ready.done():
             ready.set_result(None)
