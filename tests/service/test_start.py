@@ -66,7 +66,7 @@ def test_a_guarded_etcd(start_service: StartService, tmp_path: Path, tls: bool) 
             settings["metadata_store_config_ca_cert"] = certificates.ca
         one, other = start_service(**settings), start_service(**settings)
         image = one.upload(b"content")
-        assert other.images() == [image]
+        wait_for(lambda: other.images() == [image], 1, "the other has heard of it")
         assert other.delete(image["id"]).status == 200
         wait_for(lambda: one.stored() == set(), 10, "the bytes are gone")
         for service in (one, other):
