@@ -10,6 +10,7 @@ tell.
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -181,6 +182,8 @@ class Follower:
         ]
         another = self._identity is not None and self._identity != identity
         self._mirror.replace(known, members, revision, anew=another or revision < newest)
+        # Nothing of this refers to itself, and looking through 100,000 images for what does stops everything for 0.4 s.
+        gc.freeze()
         with self._lock:
             self._at = self._told = self._found = revision
             self._identity = identity
