@@ -183,7 +183,7 @@ def test_deletion_while_a_member_is_away(cluster: ClusterOfThree, away: str) -> 
     for deleted in (image_id, fetch.id):
         assert one.delete(deleted).status == 200
         wait_for(lambda: not any(holds(member, deleted) for member in (one, other)), STOPS, "it is gone")  # noqa: B023
-    assert cluster.source.asked(fetch.path)[0].closed.is_set()
+    assert cluster.source.asked(fetch.path)[0].closed.wait(STOPS)
     assert not {image_id, fetch.id} & cluster.stored().keys()
     assert image_id in lost.stored()
     cluster.start()
