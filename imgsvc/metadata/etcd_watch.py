@@ -75,7 +75,7 @@ class Follower:
         # How often it was noted how far the records have come: in etcd, too, where a backup has less. The name goes with
         # the images, whatever their member is called.
         self._history = new_id()
-        self._count = 0
+        self._count = self._tried = 0
         self._go_on_from(position)
         self._trouble = ""
         self._threads = [
@@ -96,13 +96,14 @@ class Follower:
             identity, count = self._identity, self._count
         if identity is None or last == self._position(identity, count):
             return last
-        key = self._layout.history(self._history)
-        self._etcd.transact([], [put(key, str(count + 1))], timeout=_ANSWER_SECONDS)
+        # An attempt whose answer is lost may have been stored, and be in a backup: the next one has a higher number.
+        self._tried = number = max(self._tried, count) + 1
+        self._etcd.transact([], [put(self._layout.history(self._history), str(number))], timeout=_ANSWER_SECONDS)
         with self._lock:
             if (identity, count) != (self._identity, self._count):
                 return last  # it is another one by now
-            self._count = count + 1
-        return self._position(identity, count + 1)
+            self._count = number
+        return self._position(identity, number)
 
     def wait_for_position(self) -> None:
         """Returns once it is known which etcd it is. Raises Unavailable when that takes long."""

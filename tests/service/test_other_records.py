@@ -65,6 +65,7 @@ def test_etcd_is_restored_from_a_backup(start_service: StartService, own_etcd: E
     assert service.stored() == {before, since}
 
 
+@pytest.mark.release
 def test_etcd_is_restored_and_goes_on(start_service: StartService, own_etcd: EtcdCluster) -> None:
     """The same when it has come further than it was before this member looks at it again, as it has when others write,
     or when it was restored with a revision that is higher than any."""
