@@ -34,6 +34,7 @@ def test_etcd_is_set_up_anew(start_service: StartService, own_etcd: EtcdCluster,
     assert service.get(f"/images/{kept}").status == 404
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("running", [False, True])
 def test_etcd_is_restored_from_a_backup(start_service: StartService, own_etcd: EtcdCluster, running: bool) -> None:
     """It is the etcd that it was, and lacks what came since: that was not deleted, and its bytes stay, neither under a
