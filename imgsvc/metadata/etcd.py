@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -26,7 +25,7 @@ from imgsvc.etcd_messages import (
 )
 from imgsvc.metadata.etcd_copies import Copies
 from imgsvc.metadata.etcd_images import Found, grouped, is_foreign, parsed, read_note
-from imgsvc.metadata.etcd_keys import ImageKeys, Transacted
+from imgsvc.metadata.etcd_keys import ImageKeys, Transacted, named_records
 from imgsvc.metadata.etcd_transfers import Leases, OwnTransfers, document_of
 from imgsvc.metadata.etcd_watch import Follower
 from imgsvc.metadata.go_program import taken_over
@@ -81,10 +80,8 @@ class EtcdMetadataStore:
         were; the first member that finds its revision gone back gives it another name."""
         if self._follower is not None:
             self._follower.wait_for_position()
-        key = self._layout.records
-        named = self._etcd.transact([created_at(key, 0)], [put(key, str(uuid.uuid4())), read(key)], [read(key)])
-        cluster = self._etcd.range(key).cluster
-        return f"etcd:{cluster:x}:{named.found[-1][0].text}{self._layout.prefix}"
+        page = named_records(self._etcd, self._layout)
+        return f"etcd:{page.cluster:x}:{page.items[0].text}{self._layout.prefix}"
 
     def mark(self, last: str) -> str:
         return "" if self._follower is None else self._follower.mark(last)

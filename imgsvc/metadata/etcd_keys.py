@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from imgsvc.etcd import Etcd
 from imgsvc.etcd_layout import Layout, end_of
-from imgsvc.etcd_messages import Comparison, KeyValue, Operation, Outcome, read
+from imgsvc.etcd_messages import Comparison, KeyValue, Operation, Outcome, Page, created_at, put, read
 from imgsvc.etcd_scan import scan
 from imgsvc.metadata.etcd_images import Found
 from imgsvc.metadata.mirror import Mirror
@@ -23,6 +24,13 @@ class Transacted:
     @property
     def succeeded(self) -> bool:
         return self.outcome.succeeded
+
+
+def named_records(etcd: Etcd, layout: Layout, timeout: float | None = None) -> Page:
+    """The key that names these records, which is made where there is none, as it was read."""
+    while not (page := etcd.range(layout.records, timeout=timeout)).items:
+        etcd.transact([created_at(layout.records, 0)], [put(layout.records, str(uuid.uuid4()))], timeout=timeout)
+    return page
 
 
 class ImageKeys:

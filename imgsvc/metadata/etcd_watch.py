@@ -26,6 +26,7 @@ from imgsvc.etcd_messages import Change, Changes, KeyValue, Page, modified_at, p
 from imgsvc.etcd_scan import scan
 from imgsvc.metadata.etcd_deletions import Deletions
 from imgsvc.metadata.etcd_images import changed, grouped, read_member
+from imgsvc.metadata.etcd_keys import named_records
 from imgsvc.metadata.image import is_id, new_id
 from imgsvc.metadata.mirror import Mirror
 
@@ -200,20 +201,18 @@ class Follower:
         """Which etcd it is, and where. One that has gone back was restored from a backup: what it lacks was not
         deleted. So its records get another name, to which no directory belongs that was filled with the lost ones, and
         nobody takes what is there for orphans."""
-        key = self._layout.records
-        first = self._etcd.range(key, timeout=_ANSWER_SECONDS)
+        first = named_records(self._etcd, self._layout, _ANSWER_SECONDS)
         count = self._noted()
         went_back = self._went_back or first.revision < newest or count < self._count
-        if not went_back or self._identity != _identity(first) or not first.items:
-            self._count = count
-            return first
-        log.error(
-            "etcd was restored from a backup: what was recorded since is lost", revision=first.revision, was=newest
-        )
-        named = [put(key, str(uuid.uuid4()))]
-        self._etcd.transact([modified_at(key, first.items[0].modified)], named, timeout=_ANSWER_SECONDS)
+        if went_back and self._identity == _identity(first):
+            log.error(
+                "etcd was restored from a backup: what was recorded since is lost", revision=first.revision, was=newest
+            )
+            key, another = first.items[0], [put(self._layout.records, str(uuid.uuid4()))]
+            self._etcd.transact([modified_at(key.key, key.modified)], another, timeout=_ANSWER_SECONDS)
+            first = named_records(self._etcd, self._layout, _ANSWER_SECONDS)
         self._count = count
-        return self._etcd.range(key, timeout=_ANSWER_SECONDS)
+        return first
 
     def _noted(self) -> int:
         """The count in etcd."""
@@ -268,8 +267,6 @@ class Follower:
         for change in news.changes:
             if change.key.startswith(self._layout.members):
                 self._apply_to_members(change)
-            elif change.key == self._layout.records and change.item is not None:
-                self._learn_name(change.item.text)
         with self._lock:
             self._told = max(self._told, news.revision)
             if news.changes and self._at is not None:
@@ -296,11 +293,6 @@ class Follower:
             self._mirror.leave(member)
         else:
             self._mirror.join(read_member(member, change.item))
-
-    def _learn_name(self, name: str) -> None:
-        with self._lock:
-            if self._identity is not None and not self._identity[1]:
-                self._identity = (self._identity[0], name)
 
     def _start_anew(self) -> None:
         log.warning("etcd is another one, or was restored; records are read again")
@@ -359,9 +351,7 @@ class Follower:
 
     def _is_another(self, page: Page) -> bool:
         """One set up anew may have the same cluster's id, which is made of its command line."""
-        cluster, name = _identity(page)
-        self._learn_name(name)
-        return self._identity not in (None, (cluster, name))
+        return self._identity not in (None, _identity(page))
 
     def _lost(self) -> None:
         if not self._stop.is_set():

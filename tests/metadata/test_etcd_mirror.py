@@ -264,3 +264,14 @@ class TestQuickly:
             assert store.stale is None
             time.sleep(0.05)
         assert follower._watch is watch
+
+
+def test_a_position_names_the_records(etcd: EtcdCluster, etcd_prefix: str) -> None:
+    """Also the first one of all, of records that nobody has named before: without the name, these records would not be
+    known again after a restore."""
+    with closing(open_store(etcd.endpoints, etcd_prefix)) as store:
+        wait_for(lambda: store.mark(""), 5, "the position is known")
+        cluster, name, *_ = store.mark("").split(" ")
+        assert store.identity == f"etcd:{cluster}:{name}{etcd_prefix}"
+        last = store.mark("")
+        assert store.mark(last) == last

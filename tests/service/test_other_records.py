@@ -34,7 +34,6 @@ def test_etcd_is_set_up_anew(start_service: StartService, own_etcd: EtcdCluster,
     assert service.get(f"/images/{kept}").status == 404
 
 
-@pytest.mark.release
 @pytest.mark.parametrize("running", [False, True])
 def test_etcd_is_restored_from_a_backup(start_service: StartService, own_etcd: EtcdCluster, running: bool) -> None:
     """It is the etcd that it was, and lacks what came since: that was not deleted, and its bytes stay, neither under a
@@ -66,7 +65,6 @@ def test_etcd_is_restored_from_a_backup(start_service: StartService, own_etcd: E
     assert service.stored() == {before, since}
 
 
-@pytest.mark.release
 def test_etcd_is_restored_and_goes_on(start_service: StartService, own_etcd: EtcdCluster) -> None:
     """The same when it has come further than it was before this member looks at it again, as it has when others write,
     or when it was restored with a revision that is higher than any."""
