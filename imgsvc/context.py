@@ -29,6 +29,7 @@ from imgsvc.cluster.this_member import ThisMember
 from imgsvc.digests import Digests
 from imgsvc.errors import NotFound
 from imgsvc.fetcher import Fetcher
+from imgsvc.images.store import is_stored
 from imgsvc.maintenance import Maintenance
 from imgsvc.metadata.mirror import LiveMember, Mirror
 from imgsvc.pools import Pool
@@ -247,10 +248,7 @@ class Context:
 
     def _has(self, image_id: str) -> bool:
         """Whether it is held, and its file there, too."""
-        try:
-            return self._is_held(image_id) and self.images.size(image_id) >= 0
-        except NotFound:
-            return False
+        return self._is_held(image_id) and is_stored(self.images, image_id)
 
     def _damaged(self, image_id: str) -> None:
         """Of an image that the scrub has set aside: another member may have it."""

@@ -11,7 +11,7 @@ import threading
 import structlog
 
 from imgsvc.errors import Conflict, ImgsvcError, NotFound, Stopping, Unavailable
-from imgsvc.images.store import ImageStore
+from imgsvc.images.store import ImageStore, is_stored
 from imgsvc.metadata.image import DAMAGED, Image, Status
 from imgsvc.metadata.store import MetadataStore, let_go
 from imgsvc.whole import digest_of
@@ -147,11 +147,4 @@ class Digests:
         if image.replicas == ():
             return
         reason = f"{DAMAGED}its sha256 is {sha256}, and should be {image.sha256}; its bytes are in quarantine"
-        self._records.lose_copy(image.progressed(0).failed(reason), lambda: not self._has_bytes(image.id))
-
-    def _has_bytes(self, image_id: str) -> bool:
-        try:
-            self._images.size(image_id)
-        except NotFound:
-            return False
-        return True
+        self._records.lose_copy(image.progressed(0).failed(reason), lambda: not is_stored(self._images, image.id))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Iterable, Sequence
@@ -34,6 +35,15 @@ class KeyValue:
     def text(self) -> str:
         """The value, for one that we compare with names of ours; what is no UTF-8 is none of them."""
         return self.value.decode(errors="replace")
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The JSON object that the value is; an empty one when another program has written something else."""
+        try:
+            found = json.loads(self.value)
+        except (ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import TypeVar
 import structlog
 
 from imgsvc.errors import Conflict, ImgsvcError, NoSpace, NotFound, Stopping, Unavailable, Unreadable
-from imgsvc.images.store import ImageReader, ImageStore
+from imgsvc.images.store import ImageReader, ImageStore, is_stored
 from imgsvc.metadata.image import DAMAGED, Image, Status
 from imgsvc.metadata.store import MetadataStore, let_go
 from imgsvc.whole import Pace, digest_of
@@ -270,21 +270,14 @@ class Scrub:
             image = self._records.get(judged.id)
             if image.status is not Status.COMPLETE:
                 return True
-            if (aside or image.revision != judged.revision) and self._has_bytes(image):
+            if (aside or image.revision != judged.revision) and is_stored(self._images, image.id):
                 return True
             failed = image.progressed(0).failed(reason)
-            if not self._records.lose_copy(failed, lambda: not (aside and self._has_bytes(image))):
+            if not self._records.lose_copy(failed, lambda: not (aside and is_stored(self._images, image.id))):
                 log.info("copy released", image=image.id)
         except NotFound:
             return True
         except Conflict:
-            return False
-        return True
-
-    def _has_bytes(self, image: Image) -> bool:
-        try:
-            self._images.size(image.id)
-        except NotFound:
             return False
         return True
 

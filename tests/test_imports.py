@@ -105,7 +105,7 @@ RULES: tuple[Only | AtMost, ...] = (
     ),
     AtMost(
         ("imgsvc.images.*",),
-        ("imgsvc.images.*", "imgsvc.metadata.image", "imgsvc.errors"),
+        ("imgsvc.images.*", "imgsvc.metadata.image", "imgsvc.errors", "imgsvc.values"),
         "an image store knows bytes and ids, and nothing of who uses it",
     ),
     AtMost(

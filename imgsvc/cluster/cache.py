@@ -14,7 +14,7 @@ import structlog
 
 from imgsvc.cluster.rendezvous import ranked
 from imgsvc.errors import Conflict, ImgsvcError, NotFound
-from imgsvc.images.store import ImageStore
+from imgsvc.images.store import ImageStore, is_stored
 from imgsvc.metadata.image import Status
 from imgsvc.metadata.mirror import Known, Mirror
 
@@ -196,18 +196,10 @@ class Cache:
         if dropped:
             self._images.delete(image_id)
         self._unnoted.discard(image_id)
-        if dropped and self._me in self._mirror.get(image_id).replicas and not self._has_bytes(image_id):
+        if dropped and self._me in self._mirror.get(image_id).replicas and not is_stored(self._images, image_id):
             # Somebody asked for a copy just now, and was told that it is here.
             self._records.release(image_id)
         return dropped
-
-    def _has_bytes(self, image_id: str) -> bool:
-        """Also when they have just been brought here again."""
-        try:
-            self._images.size(image_id)
-        except NotFound:
-            return False
-        return True
 
     def _note_again(self) -> None:
         for image_id in tuple(self._unnoted):

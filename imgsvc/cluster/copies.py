@@ -11,6 +11,7 @@ import structlog
 
 from imgsvc.errors import ImgsvcError, NotComplete, Unavailable
 from imgsvc.metadata.image import Image, Status
+from imgsvc.throttle import Throttle
 
 # Copies at once, and with those that wait.
 _AT_ONCE = 4
@@ -20,7 +21,7 @@ log = structlog.get_logger()
 
 
 class Copier(Protocol):
-    def copy(self, image: Image) -> None:
+    def copy(self, image: Image, throttle: Throttle | None = None) -> None:
         """Returns when this member holds the image, on record; raises an ImgsvcError when it does not."""
 
 

@@ -61,7 +61,6 @@ class Line:
         self._left = 0
         self._keeps = True
         parts = urlsplit(url)
-        self._base = parts.path.rstrip("/")
         self._host = parts.netloc.rpartition("@")[2]
         self._socket = _connected(parts.hostname or "", parts.port, parts.scheme == "https", patience)
 
@@ -69,10 +68,6 @@ class Line:
     def reusable(self) -> bool:
         """Whether another GET may follow."""
         return self._keeps and not self._left
-
-    def path(self, path: str) -> str:
-        """The target that a `path` of the service has there."""
-        return self._base + path
 
     def get(self, target: str, fields: Mapping[str, str]) -> Head:
         """Sends the request and returns the answer's head; the body is then to be received."""

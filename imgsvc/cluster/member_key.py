@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import structlog
 
@@ -74,7 +73,7 @@ class MemberKey:
         self._there = found[0] if found else None
         if self._there is None or (self._place and self._there.created == self._place.created):
             return
-        note = _read(self._there)
+        note = self._there.document
         if note.get("seat") != self._seat:
             raise Unavailable(
                 f"the member id {self._this.id} is in use at {note.get('url')}, on host {note.get('host')}: one of the"
@@ -140,11 +139,3 @@ def differs_much(told: LiveMember, now: LiveMember) -> bool:
     else:
         space = told.total != now.total or abs(told.free - now.free) > _MUCH * now.total
     return space or abs(told.images - now.images) > max(_FEW, _MUCH * told.images)
-
-
-def _read(item: KeyValue) -> dict[str, Any]:
-    try:
-        note = json.loads(item.value)
-    except ValueError:
-        return {}
-    return note if isinstance(note, dict) else {}

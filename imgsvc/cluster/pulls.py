@@ -16,7 +16,7 @@ from imgsvc.cluster.pull import Pull
 from imgsvc.cluster.relay import Relay
 from imgsvc.cluster.supply import Supply
 from imgsvc.errors import Conflict, Elsewhere, ImgsvcError, NotFound, Stopping, Unavailable
-from imgsvc.images.store import ImageReader, ImageStore
+from imgsvc.images.store import ImageReader, ImageStore, is_stored
 from imgsvc.metadata.image import Image, Status
 from imgsvc.metadata.store import MetadataStore
 from imgsvc.room import Room
@@ -176,7 +176,7 @@ class Pulls:
             # Another pull may have ended right before this one began.
             if self._is_here(self._records.get(image.id)):
                 return
-            if not self._has_bytes(image.id):
+            if not is_stored(self._images, image.id):
                 raise
             self._doubt(image.id)
             raise Unavailable("there are bytes of the image here, which are held against its digest first") from None
@@ -249,13 +249,6 @@ class Pulls:
             return self._supply.is_mine(image) and self._images.size(image.id) == image.size
         except NotFound:
             return False
-
-    def _has_bytes(self, image_id: str) -> bool:
-        try:
-            self._images.size(image_id)
-        except NotFound:
-            return False
-        return True
 
     def _is_gone(self, image: Image) -> bool:
         try:

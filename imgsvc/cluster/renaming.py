@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import structlog
 
 from imgsvc.errors import ConfigError, Unavailable
 from imgsvc.etcd import Etcd
 from imgsvc.etcd_layout import CARRIER, REPLICAS, Layout
-from imgsvc.etcd_messages import KeyValue, delete, has_value, modified_at, put
+from imgsvc.etcd_messages import delete, has_value, modified_at, put
 from imgsvc.etcd_scan import scan
 from imgsvc.images.store import ImageStore
 
@@ -95,16 +94,8 @@ class Renaming:
         for note in self._etcd.range(key).items:
             if rest != CARRIER:
                 moved = [put(self._layout.replica(image_id, self._id), note.text), delete(key)]
-            elif (carrier := _read(note)).get("member") in former:
+            elif (carrier := note.document).get("member") in former:
                 moved = [put(key, json.dumps({**carrier, "member": self._id}))]
             else:
                 return
             self._etcd.transact([modified_at(key, note.modified)], moved)
-
-
-def _read(note: KeyValue) -> dict[str, Any]:
-    try:
-        found = json.loads(note.value)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -7,10 +7,10 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 import structlog
 
+from imgsvc.cluster.copies import Copier
 from imgsvc.cluster.presence import Presence
 from imgsvc.cluster.shortages import Shortages
 from imgsvc.errors import ImgsvcError, NotFound
@@ -37,11 +37,6 @@ _LINE = 100_000_000
 _LOOK_INTERVAL = 1.0
 
 log = structlog.get_logger()
-
-
-class Copier(Protocol):
-    def copy(self, image: Image, throttle: Throttle | None = None) -> None:
-        """Returns when this member holds the image, on record; raises an ImgsvcError when it does not."""
 
 
 class Replicator:

@@ -149,7 +149,7 @@ class Supply:
 
     def _ask(self, line: Line, image: Image, member: LiveMember, first: int, last: int) -> None:
         """Returns when the head of the right answer has come."""
-        target = line.path(f"/images/{image.id}/download")
+        target = f"/images/{image.id}/download"
         whole = (first, last) == (0, image.size - 1)
         fields = self._signatures.fields("GET", target)
         if image.sha256:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from imgsvc.images.directory import Directory, write_all
 from imgsvc.images.files import NOTES, FileReader, FileWriter, disk_full, image_size, translated
 from imgsvc.images.store import ImageReader, ImageWriter, Space, Topic, require_id
 from imgsvc.metadata.image import is_id, new_id
+from imgsvc.values import is_name
 
 _INCOMING = ".incoming"
 _QUARANTINE = ".quarantine"
@@ -42,7 +42,6 @@ _NOTED = ".imgsvc-"
 _PROBE = ".imgsvc-probe"
 _MARKER_LIMIT = 64 * 1024
 # What may be the id of a member: it is part of keys and of log lines.
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class FilesystemImageStore:
@@ -344,7 +343,7 @@ class _Marker:
     def parse(cls, text: bytes) -> Self:
         """Raises ValueError."""
         match json.loads(text):
-            case {"member": str(member), "records": str(records), **rest} if _NAME.fullmatch(member):
+            case {"member": str(member), "records": str(records), **rest} if is_name(member):
                 # In the first markers the member's id was both.
                 return cls(member, records, str(rest.get("home", member)))
         raise ValueError('it is no JSON object with "member" and "records"')

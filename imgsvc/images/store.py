@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from imgsvc.errors import Invalid
+from imgsvc.errors import Invalid, NotFound
 from imgsvc.metadata.image import is_id
 
 # How far the scrub got; how far the records had come.
@@ -18,6 +18,15 @@ def require_id(image_id: str) -> str:
     if not is_id(image_id):
         raise Invalid("an image id is a lower-case UUID")
     return image_id
+
+
+def is_stored(images: ImageStore, image_id: str) -> bool:
+    """Whether the image's bytes are there, at this moment. Raises Unavailable."""
+    try:
+        images.size(image_id)
+    except NotFound:
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)

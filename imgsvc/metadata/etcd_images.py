@@ -7,7 +7,6 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import structlog
 
@@ -142,7 +141,7 @@ def stored_document(image: Image) -> str:
 
 def read_carrier(item: KeyValue | None) -> Carrier | None:
     """None also when another program has written something else."""
-    note = _object(item)
+    note = {} if item is None else item.document
     member, url, until = note.get("member"), note.get("url"), note.get("until")
     if isinstance(member, str) and isinstance(url, str) and isinstance(until, int | float):
         return Carrier(member, url, float(until))
@@ -151,7 +150,7 @@ def read_carrier(item: KeyValue | None) -> Carrier | None:
 
 def read_member(member: str, item: KeyValue) -> LiveMember:
     """What a live member says of itself, as far as it makes sense."""
-    note = _object(item)
+    note = item.document
 
     def text(name: str) -> str:
         value = note.get(name, "")
@@ -174,17 +173,9 @@ def read_member(member: str, item: KeyValue) -> LiveMember:
 
 def read_note(item: KeyValue) -> dict[str, str]:
     """What a member wrote; nothing, when another program wrote something else."""
-    return {key: value for key, value in _object(item).items() if isinstance(value, str)}
+    return {key: value for key, value in item.document.items() if isinstance(value, str)}
 
 
 def is_foreign(item: KeyValue) -> bool:
     """Whether the Go program wrote the record; ours always have all keys."""
-    return "error" not in _object(item)
-
-
-def _object(item: KeyValue | None) -> dict[str, Any]:
-    try:
-        value = None if item is None else json.loads(item.value)
-    except ValueError:
-        value = None
-    return value if isinstance(value, dict) else {}
+    return "error" not in item.document

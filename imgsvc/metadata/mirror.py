@@ -251,6 +251,8 @@ class Mirror:
                 return
             self._ahead[image_id] = revision
             self._newest = max(self._newest, revision)
+            if known == self._state.get(image_id):
+                return  # as with nearly every look: nobody need hear of it
             self._set(image_id, known)
         self._tell(image_id)
 

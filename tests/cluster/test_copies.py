@@ -13,6 +13,7 @@ from imgsvc.cluster import copies
 from imgsvc.cluster.copies import Copies
 from imgsvc.errors import NotComplete, NotFound, Unavailable
 from imgsvc.metadata.image import Image, ImageType, new_id
+from imgsvc.throttle import Throttle
 from tests.rooms import wait_until
 
 
@@ -26,7 +27,7 @@ class Copier:
         self.busy = 0
         self.failure: Exception | None = None
 
-    def copy(self, image: Image) -> None:
+    def copy(self, image: Image, throttle: Throttle | None = None) -> None:
         self.copied.append(image.id)
         self.busy += 1
         self.gate.wait(10)
