@@ -194,6 +194,18 @@ class TestReading:
         mirror.replace([], [])
         assert heard == [first.id, "", "", ""]
 
+    def test_a_look_that_finds_nothing_new(self, mirror: Mirror) -> None:
+        """Nobody hears of it, and it still counts as what was known then."""
+        first = known(revision=3, size=1)
+        mirror.note(first.id, first, 3)
+        heard: list[str] = []
+        mirror.listen(heard.append)
+        mirror.note(first.id, first, 8)
+        mirror.note(new_id(), None, 9)
+        assert heard == []
+        mirror.follow(first.id, lambda _: dataclasses.replace(first, size=5), 7)
+        assert mirror.get(first.id).size == 1
+
     def test_staleness(self, mirror: Mirror) -> None:
         """None while the store is heard, seconds when it is lost."""
         said = [mirror.stale]
