@@ -15,7 +15,8 @@ from imgsvc.images.store import ImageReader
 from imgsvc.metadata.image import Image, ImageType, Status, new_id
 from imgsvc.metadata.mirror import Known, LiveMember
 from imgsvc.metadata.store import Member
-from tests.rooms import SITE, Rooms
+from tests.images.helpers import content
+from tests.rooms import SITE, Rooms, wait_until
 from tests.shared_records import SharedRecords
 from tests.source import Exchange, Resource, Source
 
@@ -124,3 +125,18 @@ class Members:
 
 def some(size: int) -> bytes:
     return os.urandom(size)
+
+
+def check_kept(members: Members, image_id: str, body: bytes) -> None:
+    """Here, on record, and with nothing half beside it."""
+    wait_until(lambda: not members.one.pulls.running)
+    assert content(members.one.disk, image_id) == body
+    assert members.one.disk.member in members.records.holding[image_id]
+    assert members.one.claims() == set()
+
+
+def check_not_kept(members: Members, image_id: str) -> None:
+    wait_until(lambda: not members.one.pulls.running)
+    assert image_id not in set(members.one.disk.ids())
+    assert members.one.disk.member not in members.records.holding.get(image_id, set())
+    assert members.one.claims() == set()
