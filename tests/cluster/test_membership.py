@@ -28,7 +28,7 @@ from imgsvc.metadata.image import parse_time
 from tests.etcd_cluster import EtcdCluster
 from tests.harness import freeze
 from tests.metadata.etcd_store import OwnedEtcdStore, new_member, open_store
-from tests.metadata.test_store import entry, image
+from tests.metadata.helpers import entry, image
 
 TTL = 2
 

@@ -27,7 +27,7 @@ from tests.etcd_cluster import QUOTA, EtcdCluster
 from tests.harness import wait_for
 from tests.lossy_proxy import LossyProxy
 from tests.metadata.etcd_store import OwnedEtcdStore, new_member, open_store
-from tests.metadata.test_store import at_once, entry, image, listed
+from tests.metadata.helpers import at_once, entry, image, listed
 
 SOURCE = "http://source.example/ä.gz"
 # As `openssl dgst -sha256` has it.

@@ -23,7 +23,7 @@ from imgsvc.settlements import Settlements
 from tests.etcd_cluster import EtcdCluster
 from tests.lossy_proxy import LossyProxy
 from tests.metadata.etcd_store import new_member, open_store
-from tests.metadata.test_store import at_once, image
+from tests.metadata.helpers import at_once, image
 from tests.rooms import wait_until
 
 SOURCE = "http://source.example/x"

@@ -18,8 +18,8 @@ from imgsvc.metadata.store import MetadataStore
 from tests.etcd_cluster import EtcdCluster
 from tests.harness import wait_for
 from tests.metadata.etcd_store import OwnedEtcdStore, new_member, open_store
+from tests.metadata.helpers import image, listed
 from tests.metadata.test_etcd_watch import Listener, created_and_deleted, endpoint_in_use
-from tests.metadata.test_store import image, listed
 
 # In which a change reaches another member, whatever single member of etcd is gone, and an outage is known.
 SOON = 2.0

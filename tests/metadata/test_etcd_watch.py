@@ -16,7 +16,7 @@ from imgsvc.metadata.store import MetadataStore
 from tests.etcd_cluster import EtcdCluster
 from tests.harness import wait_for
 from tests.metadata.etcd_store import OwnedEtcdStore, new_member, open_store
-from tests.metadata.test_store import image
+from tests.metadata.helpers import image
 
 PROMISED_SECONDS = 5
 
