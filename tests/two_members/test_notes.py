@@ -1,0 +1,92 @@
+"""Bytes that no note vouches for, and notes of hosts that are called the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from imgsvc.errors import ConfigError, ImgsvcError, PeerFailed, Unavailable
+from imgsvc.images.memory import MemoryImageStore
+from imgsvc.metadata.image import Status
+from tests.harness import wait_for
+from tests.images.helpers import put
+from tests.left_behind import BODY, complete
+from tests.rooms import Rooms
+from tests.two_members.helpers import end_ownership, left_by_a_fetch, member_of, scrub, sweep
+
+
+def test_bytes_without_a_note_are_not_served_unseen(hosts: list[Rooms]) -> None:
+    """What lies here under the image's name, while records do not say that this member holds it, may be anything: it is
+    held against the digest first, and is noted, or set aside."""
+    one, two = hosts
+    image = left_by_a_fetch(one)
+    end_ownership(one)
+    again = two.transfers.fetch(two.base.update(two.base.get(image.id).requeued()))
+    again.start(3)
+    again.feed(b"new")
+    again.finish()
+    with pytest.raises(ImgsvcError):
+        one.service.open(image.id)
+    one.digests.start()
+    wait_for(lambda: list(one.disk.quarantined()) == [image.id], 5, "it is set aside")
+    one.digests.close()
+    assert one.base.get(image.id).replicas == (member_of(two),)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_copy_is_wanted_where_there_are_bytes_without_a_note(hosts: list[Rooms], *, right: bool) -> None:
+    """They are read: right ones are noted, and wrong ones make way, without a new start."""
+    one, two = hosts
+    image = complete(one)
+    put(two.disk, image.id, BODY if right else BODY.upper())
+    two.digests.start()
+    with pytest.raises(Unavailable):
+        two.pulls.copy(image)
+    wait_for(lambda: not two.digests.doubts(image.id), 5, "they are read")
+    two.digests.close()
+    assert (member_of(two) in (one.base.get(image.id).replicas or ())) == right
+    assert list(two.disk.quarantined()) == ([] if right else [image.id])
+    if right:
+        two.pulls.copy(two.base.get(image.id))
+    else:
+        with pytest.raises(PeerFailed):  # nobody is live in its mirror here
+            two.pulls.copy(image)
+
+
+def test_an_image_that_was_brought_here_and_is_condemned_meanwhile(hosts: list[Rooms]) -> None:
+    """It does not stop the start."""
+    one, two = hosts
+    image = complete(one, sha256="")
+    put(two.disk, image.id, BODY)
+    two.faults.at("hold", 1, lambda: one.base.update(one.base.get(image.id).failed("by hand")))
+    sweep(two)
+    found = two.base.get(image.id)
+    assert (found.status, found.replicas) == (Status.ERROR, ())
+
+
+@pytest.mark.parametrize("find", [scrub, sweep])
+def test_namesakes(namesakes: list[Rooms], find: Callable[[Rooms], None]) -> None:
+    """What one holds, the other does not miss, and says who has it."""
+    one, two = namesakes
+    image = complete(one)
+    find(two)
+    assert one.base.get(image.id) == image
+    assert two.base.holders(image.id) == [f"{member_of(one)} at http://some.example:20000"]
+
+
+def test_bytes_that_a_namesake_has_noted(namesakes: list[Rooms]) -> None:
+    """Its note does not vouch for those here."""
+    one, two = namesakes
+    image = complete(one)
+    put(two.disk, image.id, BODY)
+    sweep(two)
+    assert two.digests.doubts(image.id)
+
+
+def test_a_namesake_without_a_marker(namesakes: list[Rooms]) -> None:
+    """It may be a directory that is not mounted: then the service does not start."""
+    one, two = namesakes
+    complete(one)
+    with pytest.raises(ConfigError):
+        Rooms(MemoryImageStore(), two.base).maintenance.start_sweep()
