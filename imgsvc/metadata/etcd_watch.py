@@ -322,8 +322,8 @@ class Follower:
 
     def _judge(self, page: Page, before: int) -> None:
         """What etcd's answer says of the mirror, and of the watch; `before` is what was known when it was asked."""
-        if self._at is None:
-            return
+        if self._at is None or before <= page.revision < self._at:
+            return  # of what was asked before the mirror was filled there is nothing to say
         if page.revision < before or self._is_another(page):
             self._went_back = page.revision < before
             self._start_anew()

@@ -138,6 +138,7 @@ def test_a_live_member_without_its_keys(hosts: list[Host]) -> None:
     """It may be about to own its transfers again, as all are after etcd was frozen, and has longer for that."""
     host, other, _ = hosts
     (image,) = host.post()
+    other.sees(lambda records: [known.owner for known in records.mirror.in_transfer()] == [host.id])
     host.records.etcd.delete(Layout(host.prefix).owner(image.id))
     other.sees(lambda records: records.mirror.get(image.id).owner is None)
     other.look()

@@ -63,10 +63,12 @@ class Raw:
         self.prefix = prefix
 
     def all(self) -> dict[str, str]:
-        """Everything under the prefix, which the keys here are without; members apart."""
+        """Everything of images under the prefix, which the keys here are without."""
         found = self.client.get_prefix(self.prefix)
         values = {about.key.decode().removeprefix(self.prefix): value.decode() for value, about in found}
-        return {key: value for key, value in values.items() if not key.startswith("/image-members/")}
+        return {
+            key: value for key, value in values.items() if not key.startswith(("/image-members/", "/image-records"))
+        }
 
     def lease(self, key: str) -> int:
         return int(self.client.get(self.prefix + key)[1].lease_id)

@@ -12,6 +12,7 @@ import pytest
 
 from imgsvc.errors import NotFound, Unavailable
 from imgsvc.etcd import Etcd
+from imgsvc.etcd_layout import Layout
 from imgsvc.etcd_messages import Changes, put
 from imgsvc.metadata.image import Image, new_id
 from imgsvc.metadata.store import MetadataStore
@@ -254,15 +255,31 @@ class TestQuickly:
 
     def test_other_keys_do_not_matter(self, store: OwnedEtcdStore) -> None:
         """What others write elsewhere moves etcd's revision, and makes neither outages nor watches."""
-        wait_for(lambda: store.stale is None, 10, "the beginning")
         follower = store._follower
         assert follower is not None
+        wait_for(lambda: store.stale is None and follower._watch is not None, 10, "the beginning")
         watch = follower._watch
         until = time.monotonic() + 2
         while time.monotonic() < until:
             store.etcd.transact([], [put("/elsewhere", "x")])
             assert store.stale is None
             time.sleep(0.05)
+        assert follower._watch is watch
+
+
+def test_what_was_asked_before_there_was_a_name(etcd: EtcdCluster, etcd_prefix: str) -> None:
+    """An answer that was on its way while these records got their name and were read is none of another etcd: nothing
+    is read again, or forgotten."""
+    with closing(Etcd(etcd.endpoints)) as connection:
+        late = connection.range(Layout(etcd_prefix).records)
+    assert not late.items
+    with closing(open_store(etcd.endpoints, etcd_prefix)) as store:
+        follower = store._follower
+        assert follower is not None
+        wait_for(lambda: follower._watch is not None, 10, "the beginning")
+        watch = follower._watch
+        follower._judge(late, 0)
+        assert follower._at is not None
         assert follower._watch is watch
 
 
