@@ -16,7 +16,7 @@ from tests.etcd_cluster import EtcdCluster
 from tests.harness import Service
 from tests.service.conftest import Settings, StartService
 from tests.service.crash import Clients, assert_no_lie, end_lease, kill_repeatedly
-from tests.service.test_faults import begin_upload
+from tests.service.helpers import begin_upload
 from tests.source import Resource, Source
 
 MIB = 1 << 20

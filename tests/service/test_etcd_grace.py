@@ -13,7 +13,7 @@ from tests.client import Connection
 from tests.etcd_cluster import EtcdCluster
 from tests.harness import Service, wait_for
 from tests.service.conftest import StartService, on_etcd
-from tests.service.test_faults import begin_upload
+from tests.service.helpers import begin_upload
 from tests.source import Resource, Source
 from tests.tus import Tus, id_of
 

@@ -15,7 +15,7 @@ from tests.etcd_cluster import EtcdCluster
 from tests.harness import Service, wait_for
 from tests.service.conftest import StartService, on_etcd, two_hosts
 from tests.service.crash import end_lease
-from tests.service.test_faults import assert_gone, begin_upload, post_at_once
+from tests.service.helpers import assert_gone, begin_upload, post_at_once
 from tests.source import Resource, Source
 
 MIB = 1 << 20

@@ -17,7 +17,7 @@ from tests.client import Answer, Connection
 from tests.etcd_cluster import EtcdCluster
 from tests.harness import Service, wait_for
 from tests.service.conftest import two_hosts
-from tests.service.test_faults import begin_upload, post_at_once
+from tests.service.helpers import begin_upload, post_at_once
 from tests.source import Resource, Source
 
 MIB = 1 << 20

@@ -15,7 +15,7 @@ from tests.cluster_of_three import LEASE, ClusterOfThree, Member, StartCluster
 from tests.etcd_cluster import EtcdCluster
 from tests.harness import wait_for
 from tests.service.conftest import StartService, on_etcd
-from tests.service.test_faults import begin_upload
+from tests.service.helpers import begin_upload
 from tests.source import Resource
 from tests.tus import Tus, id_of
 

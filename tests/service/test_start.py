@@ -12,7 +12,7 @@ from tests.client import Connection
 from tests.etcd_cluster import Certificates, EtcdCluster
 from tests.harness import Service, wait_for
 from tests.service.conftest import Settings, StartService, on_etcd
-from tests.service.test_faults import begin_upload
+from tests.service.helpers import begin_upload
 
 MIB = 1 << 20
 PASSWORD = "s3cret-of-the-tests"

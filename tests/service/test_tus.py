@@ -16,7 +16,7 @@ import pytest
 from tests.client import Answer, Connection
 from tests.harness import Service, wait_for
 from tests.service.conftest import LIMIT, StartService
-from tests.service.test_faults import assert_gone
+from tests.service.helpers import assert_gone
 from tests.tus import BYTES, SPOKEN, Tus, checksum, id_of, metadata, path_of
 
 MIB = 1 << 20
