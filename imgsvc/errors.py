@@ -58,7 +58,8 @@ class NoSpace(ImgsvcError):
 
 
 class Unavailable(ImgsvcError):
-    """A store cannot answer now; the same call may work later. After a write, its outcome is not known."""
+    """A store, or another member, cannot answer now; the same call may work later. After a write, its outcome is not
+    known."""
 
 
 class Unreadable(Unavailable):

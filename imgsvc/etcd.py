@@ -1,6 +1,6 @@
 """One connection to an etcd cluster: addresses, TLS, user, failover, time-outs, and etcd's errors as ours.
 
-The failover is our own and not gRPC's, which stays with a member whose connection is open although it answers
+The failover is our own and not gRPC's, which stays with an endpoint whose connection is open although it answers
 nothing, and which takes several addresses only as numbers, not as the names that TLS certificates are made out to.
 """
 
@@ -42,14 +42,14 @@ _PAUSE_SECONDS = 0.2
 _OPTIONS = (
     # A page of large records may be larger than the 4 MiB that gRPC takes by itself.
     ("grpc.max_receive_message_length", -1),
-    # Back within seconds of a member that is back. The least of these is also what a connection attempt may take.
+    # Back within seconds at an endpoint that is back. The least of these is also what a connection attempt may take.
     ("grpc.initial_reconnect_backoff_ms", 500),
     ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 1500),
     # A host that lost its power closes no connection; etcd forbids to ask more often than every 5 s, or without a call.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 3000),
-    # A proxy for the web is no way to the members of a cluster.
+    # A proxy for the web is no way to a cluster of etcd.
     ("grpc.enable_http_proxy", 0),
 )
 # The endpoint is at fault, or its network, or it has lost its cluster: another one may do better.

@@ -23,9 +23,9 @@ file, images and records are kept under the data directory, and the service list
 
 _SCRUB = """Read every image of this host, beside a running service or without one, and hold it against its digest.
 
-An image that does not match is printed and set aside, and its record becomes `error`. Run it as the user of the
-service, with the service's settings. Exit status: 0 when all match, 1 when something was found wrong or could not be
-read, 2 for a wrong setting."""
+An image that does not match is printed and set aside, and is in `error` from then on, unless another member of a
+cluster has it. Run it as the user of the service, with the service's settings. Exit status: 0 when all match, 1 when
+something was found wrong or could not be read, 2 for a wrong setting."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

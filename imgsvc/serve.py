@@ -105,7 +105,7 @@ async def _settle(context: Context, stop: asyncio.Event) -> bool:
 
 
 async def _drain(server: HTTPServer, context: Context, in_flight: InFlight) -> None:
-    """Uploads and downloads get `shutdownTimeout` to end; fetches are left to the next start at once."""
+    """Uploads and downloads get `shutdownTimeout` to end; fetches are left at once, to the next start or another member."""
     server.stop()
     context.not_ready = "the service is stopping"
     stopping_fetches = asyncio.create_task(asyncio.to_thread(context.stop_work))

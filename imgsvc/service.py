@@ -203,7 +203,7 @@ class ImageService:
         except Unavailable:
             holders = image.replicas or ()
         if holders:
-            return Elsewhere(f"this host does not hold the image; held by {', '.join(holders)}")
+            return Elsewhere(f"this member does not hold the image; held by {', '.join(holders)}")
         log.error("bytes of a complete image are missing", image=image.id)
         return Unavailable("this host does not hold the image, and no other is known to")
 

@@ -169,7 +169,7 @@ class MetadataStoreSettings:
         "metadataStoreType",
         choice("sqlite", "kvite", "etcd", "memory"),
         "sqlite",
-        "sqlite, etcd (shared by hosts), kvite (sqlite that takes over the Go program's file) or memory.",
+        "sqlite, etcd (for a cluster), kvite (sqlite that takes over the Go program's file) or memory.",
     )
     filename: Path = _setting(
         "metadataStoreConfig.filename",
@@ -185,13 +185,13 @@ class MetadataStoreSettings:
         "metadataStoreConfig.machines",
         urls(),
         ["http://127.0.0.1:2379"],
-        "etcd: name every member, as any of them may be down.",
+        "etcd: name all of its machines, as any of them may be down.",
     )
     prefix: str = _setting(
         "metadataStoreConfig.prefix",
         prefix(),
         "/lochness",
-        "etcd: where the records are; hosts with the same prefix share them.",
+        "etcd: where the records are; hosts with the same prefix are one cluster.",
     )
     cert: Path | None = _setting(
         "metadataStoreConfig.cert",
@@ -239,7 +239,7 @@ class ClusterSettings:
         "cluster.replicas",
         integer(1, 16),
         1,
-        "Live members that are to hold each complete image; the same on every member.",
+        "Live members that are to hold each complete image; 1: no copies ahead of a download. The same on every member.",
     )
     secret: str = _setting(
         "cluster.secret",

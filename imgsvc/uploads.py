@@ -227,7 +227,7 @@ class Uploads:
         if self._transfers.is_known(image_id):
             raise NotFound("it comes in one request, and cannot be resumed")
         owner = self._records.owner(image_id)
-        raise Unavailable(f"the upload is at another host: {owner or 'one that is not there'}")
+        raise Unavailable(f"the upload is at another member: {owner or 'one that is not there'}")
 
     def _work(self) -> None:
         while not self._closing.is_set():

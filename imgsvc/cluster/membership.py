@@ -1,4 +1,4 @@
-"""Who is there: this host's lease in etcd, with what it says of itself on it."""
+"""Who is there: this member's lease in etcd, with what it says of itself on it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _now() -> float:
 class Membership:
     """Keeps a lease of `ttl` seconds alive from a thread of its own, and gets a new one when it was lost.
 
-    What is put on the lease goes when this host dies, or is cut off for that long.
+    What is put on the lease goes when this member dies, or is cut off for that long.
     """
 
     def __init__(self, etcd: Etcd, prefix: str, this: ThisMember, *, seat: str, ttl: int = LEASE_SECONDS) -> None:
@@ -79,7 +79,7 @@ class Membership:
             )
             lease = self.lease_id
         if lease is None or lease == lost:
-            raise Unavailable(f"this host has no lease now: {self._trouble or f'{self._etcd} has not answered yet'}")
+            raise Unavailable(f"this member has no lease now: {self._trouble or f'{self._etcd} has not answered yet'}")
         return lease
 
     def on_new_lease(self, restore: Callable[[int], None]) -> None:

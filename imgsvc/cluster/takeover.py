@@ -1,4 +1,4 @@
-"""Transfers whose member is gone: one of the others fetches on, or says that the upload is lost; and what others have
+"""Transfers whose member is gone: one of the others fetches anew, or says that the upload is lost; and what others have
 taken from this one is let go."""
 
 from __future__ import annotations

@@ -41,7 +41,6 @@ _MARKER = ".imgsvc"
 _NOTED = ".imgsvc-"
 _PROBE = ".imgsvc-probe"
 _MARKER_LIMIT = 64 * 1024
-# What may be the id of a member: it is part of keys and of log lines.
 
 
 class FilesystemImageStore:

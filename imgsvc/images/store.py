@@ -120,12 +120,12 @@ class ImageStore(Protocol):
 
     @property
     def member(self) -> str:
-        """The id of the host whose images these are: made on first use, or given by `rename`; kept in the marker."""
+        """The id of the member whose images these are: made on first use, or given by `rename`; kept in the marker."""
 
     @property
     def home(self) -> str:
-        """Tells this directory from all others whatever its host is called: a UUID, made on first use and kept in the
-        marker."""
+        """Tells this directory from all others whatever its member is called: a UUID, made on first use and kept in
+        the marker."""
 
     @property
     def place(self) -> str:
@@ -146,7 +146,7 @@ class ImageStore(Protocol):
         """
 
     def rename(self, member: str) -> None:
-        """The host has this id from now on, and the marker says so when this returns, if there is one. Raises
+        """The member has this id from now on, and the marker says so when this returns, if there is one. Raises
         ConfigError when it cannot."""
 
     def claim(self, image_id: str) -> None:

@@ -1,4 +1,4 @@
-"""Metadata store type "etcd": records that a cluster of hosts shares."""
+"""Metadata store type "etcd": records that the members of a cluster share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metadata store type "sqlite": records in one SQLite file, for a service that shares them with no other host."""
+"""Metadata store type "sqlite": records in one SQLite file, for a service that shares them with no other."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ _ATTEMPTS = 20
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """This host, as records name it: `id` from the image store's marker file, `site` (host name and directory)
-    for telling that an unmarked directory is one that held images before, `url` for people."""
+    """This one, as records name it: `id` by `cluster.memberId` or the image store's marker, `site` (host name and
+    directory) for telling that an unmarked directory is one that held images before, `url` where it is reached."""
 
     id: str
     site: str
@@ -26,7 +26,7 @@ class Member:
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A record with its surroundings. `owner` is the id of the member that is transferring it, None when nobody is
-    known to; `here` says that this member is on record as holding it. In a store that no other host shares, a complete
+    known to; `here` says that this member is on record as holding it. In a store that nobody shares, a complete
     image is here. `was_here` says that one with another id is, which noted that on this member's site: perhaps this very
     directory before it lost its marker, perhaps another host's, as two may have the same name and path."""
 
@@ -70,7 +70,7 @@ class MetadataStore(Protocol):
         until it is over."""
 
     def held(self) -> Iterator[Sequence[str]]:
-        """Pages of ids, ordered, of the images that this member is on record as holding, in a store that no other host
+        """Pages of ids, ordered, of the images that this member is on record as holding, in a store that nobody
         shares of the complete ones; what is so throughout is in it exactly once. It may take days to go through."""
 
     def get(self, image_id: str) -> Image: ...
@@ -120,7 +120,7 @@ class MetadataStore(Protocol):
         """Removes record, source claim, owner and holders in one step, and returns the image as it was."""
 
     def hold(self, image_id: str) -> None:
-        """Notes, in a store that hosts share, that this member holds the complete image's bytes; may be repeated.
+        """Notes, in a store that members share, that this member holds the complete image's bytes; may be repeated.
         Raises Conflict when the image is not complete any more, as it may come to have other bytes."""
 
     def release(self, image_id: str) -> None:

@@ -1,4 +1,4 @@
-"""What a metadata store says of other hosts when there are none."""
+"""What a metadata store says of other members when there are none."""
 
 from __future__ import annotations
 
