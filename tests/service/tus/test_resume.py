@@ -19,7 +19,7 @@ from tests.mounts import Mount
 from tests.service.conftest import Settings, StartService
 from tests.service.crash import end_lease
 from tests.service.test_disk_full import DISK, fill, small_disk
-from tests.service.test_tus import assert_whole
+from tests.service.tus.helpers import assert_whole
 from tests.tus import Tus, checksum, id_of
 
 MIB = 1 << 20
