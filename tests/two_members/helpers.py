@@ -17,7 +17,6 @@ from tests.metadata.etcd_store import OwnedEtcdStore
 from tests.rooms import Rooms
 
 SOURCE = "http://source.example/image"
-
 ROTTEN = BODY.upper()
 
 
