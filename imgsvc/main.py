@@ -19,13 +19,14 @@ WRONG_SETTING = 2
 _SERVE = """Serve guest images until SIGTERM or SIGINT.
 
 Flags win over IMGSVC_ environment variables, those over the config file, and that over the defaults. With no config
-file, images and records are kept under the data directory, and the service listens on 127.0.0.1."""
+file, images and records are kept under the data directory, and the service listens on 127.0.0.1. Exit status: 0 after
+such a signal, 2 for a wrong setting."""
 
 _SCRUB = """Read every image of this host, beside a running service or without one, and hold it against its digest.
 
 An image that does not match is printed and set aside, and is in `error` from then on, unless another member of a
 cluster has it. Run it as the user of the service, with the service's settings. Exit status: 0 when all match, 1 when
-something was found wrong or could not be read, 2 for a wrong setting."""
+something was found wrong or could not be read, or it was stopped before its end, 2 for a wrong setting."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
