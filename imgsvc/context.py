@@ -215,7 +215,7 @@ class Context:
         self.fetcher.close()
 
     def close(self) -> None:
-        """Stops fetches, settles what can be, and closes the stores."""
+        """Ends all work, settles what can be, and closes the stores."""
         self._closing = True
         self._settled.set()
         if self._takeover is not None:

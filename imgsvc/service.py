@@ -171,7 +171,7 @@ class ImageService:
         Bytes that are not here come from another member while they are read, unless only our `own` will do.
 
         Raises NotFound when there is none, NotComplete when it may not be read, Elsewhere when only other members hold
-        its bytes and none of them is live, Unavailable when nobody is known to."""
+        its bytes, and are not live or not to be asked, Unavailable when nobody is known to."""
         image, stale = self.look(image_id)
         if image.status is not Status.COMPLETE:
             raise NotComplete(f"image {image.id} is not complete")

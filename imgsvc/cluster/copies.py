@@ -1,4 +1,4 @@
-"""Copies of images that this member is asked to make."""
+"""Copies of images that this member is asked to make, or makes in place of damaged ones."""
 
 from __future__ import annotations
 
