@@ -107,10 +107,10 @@ class ImageService:
         self._orders.require(copies)
         return self._transfers.upload(image_type, comment, expected_size, expected_sha256)
 
-    def wait_for_copies(self, image: Image, count: int) -> None:
-        """Returns when so many members hold the image, which is complete here. Raises Unavailable, saying how many do,
-        when they do not in time, and Conflict when it was deleted."""
-        self._orders.wait_for(image, count)
+    def wait_for_copies(self, image: Image, count: int) -> Image:
+        """Returns when so many members hold the image, which is complete here, and says which ones they are. Raises
+        Unavailable, saying how many do, when they do not in time, and Conflict when it was deleted."""
+        return self._orders.wait_for(image, count)
 
     def fetch(self, source: str, image_type: ImageType, comment: str, expected_sha256: str = "") -> Image:
         """The image of this source: a new one, pending; the one that there is; or that one, pending again, when it

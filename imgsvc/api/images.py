@@ -91,7 +91,7 @@ class ImagesHandler(ImageAnswer):
             await self.abandon_body(own_error(error))
             raise
         if self.copies > 1:
-            await self.context.copies_pool.run(self.context.service.wait_for_copies, image, self.copies)
+            image = await self.context.copies_pool.run(self.context.service.wait_for_copies, image, self.copies)
         if not self._answered:  # which it is when the service stops meanwhile
             self.write_image(image)
 

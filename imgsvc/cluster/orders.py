@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import queue
 import threading
 import time
@@ -63,12 +64,12 @@ class Orders:
         if count > live:
             raise Unavailable(f"{count} members are to hold the image, and {live} are live")
 
-    def wait_for(self, image: Image, count: int) -> None:
-        """Returns when so many members hold the complete image, which this one does. Raises Unavailable, saying how
-        many do, when they do not within half a minute and the time that its size needs, and Conflict when it is
-        deleted."""
+    def wait_for(self, image: Image, count: int) -> Image:
+        """Returns when so many members hold the complete image, which this one does, and says which ones they are.
+        Raises Unavailable, saying how many do, when they do not within half a minute and the time that its size needs,
+        and Conflict when it is deleted."""
         if count == 1 or self._mirror is None:
-            return
+            return image
         latest = time.monotonic() + self._patience + image.size / _LEAST_RATE
         answers: queue.SimpleQueue[tuple[str, bool]] = queue.SimpleQueue()
         holders, asked, running = {self._me}, set[str](), 0
@@ -76,7 +77,7 @@ class Orders:
             live = self._mirror.members()
             holders.update(member for member in self._replicas(self._mirror, image.id) if member in live)
             if len(holders) >= count:
-                return
+                return dataclasses.replace(image, replicas=tuple(sorted(holders)))
             for member in self._next(image, live, holders | asked)[: max(count - len(holders) - running, 0)]:
                 asked.add(member)
                 running += 1

@@ -55,11 +55,11 @@ def upload(hosts: Hosts) -> tuple[Image, list[str]]:
 
 
 def test_those_that_come_first(hosts: Hosts, orders: Orders) -> None:
-    """They are asked, and no others: so that copies are where they will be looked for."""
+    """They are asked, and no others: so that copies are where they will be looked for. The answer names them."""
     image, (first, second, _) = upload(hosts)
-    orders.wait_for(image, 1)
+    assert orders.wait_for(image, 1) == image
     assert hosts.holders(image.id) == {"host-0"}
-    orders.wait_for(image, 3)
+    assert orders.wait_for(image, 3).replicas == tuple(sorted(["host-0", first, second]))
     assert hosts.holders(image.id) == {"host-0", first, second}
 
 

@@ -102,6 +102,7 @@ def test_an_upload_that_waits(single_copies: ClusterOfThree) -> None:
         image = answer.json()
         holders = named(single_copies, replicas(a, image["id"]))
         assert len(holders) == copies
+        assert image["replicas"] == sorted(member.id for member in holders)
         assert sum(image["id"] in member.stored() for member in (a, b, c)) == copies
         for member in holders:
             assert member.download(image["id"]).body == content
