@@ -13,7 +13,7 @@ from enum import StrEnum
 
 import structlog
 
-from imgsvc.errors import Conflict, ImgsvcError, Incomplete, NotFound, Stopping, Unavailable, WrongDigest
+from imgsvc.errors import Conflict, ImgsvcError, Incomplete, NoSpace, NotFound, Stopping, Unavailable, WrongDigest
 from imgsvc.images.store import ImageWriter
 from imgsvc.intake import Intake, Origin
 from imgsvc.metadata.image import UNKNOWN_SIZE, Image
@@ -213,6 +213,10 @@ class Transfer:
         except Conflict as error:
             self._end("error", error)
             raise
+        except (Unavailable, NoSpace) as error:
+            self._end("unsettled", error)
+            kind = NoSpace if isinstance(error, NoSpace) else Unavailable
+            raise kind(f"image {self.image.id} is whole here, and its record has yet to follow: {error}") from error
         except Exception as error:
             self._end("unsettled", error)
             raise

@@ -226,8 +226,8 @@ class Uploads:
             raise Unavailable("the upload is being completed")
         if self._transfers.is_known(image_id):
             raise NotFound("it comes in one request, and cannot be resumed")
-        owner = self._records.owner(image_id)
-        raise Unavailable(f"the upload is at another member: {owner or 'one that is not there'}")
+        carrier = self._records.carrier(image_id)
+        raise Unavailable(f"the upload is at another member: {carrier or 'one that is not known'}")
 
     def _work(self) -> None:
         while not self._closing.is_set():

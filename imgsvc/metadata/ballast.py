@@ -37,10 +37,10 @@ class Ballast:
         try:
             self._path.unlink(missing_ok=True)
         except OSError as error:
-            _log.warning("ballast_not_dropped", path=str(self._path), error=str(error))
+            _log.warning("ballast not dropped", path=str(self._path), error=str(error))
             return False
         self._in_place = False
-        _log.warning("ballast_dropped", path=str(self._path))
+        _log.warning("ballast dropped", path=str(self._path))
         return True
 
     def restore(self) -> None:

@@ -170,12 +170,11 @@ class EtcdMetadataStore:
     def may_own(self, image_id: str) -> bool:
         return self._transfers.may_own(self._keys.read(image_id))
 
-    def owner(self, image_id: str) -> str:
-        found = self._find(image_id)
-        if found.owner is None or self._transfers.is_mine(found.owner):
+    def carrier(self, image_id: str) -> str:
+        carrier = self._find(image_id).carrier
+        if carrier is None or carrier.member == self._member.id:
             return ""
-        live = self._etcd.range(self._layout.member(found.owner.text)).items
-        return _named(found.owner.text, read_note(live[0]) if live else {})
+        return f"{carrier.member} at {carrier.url}"
 
     def delete(self, image_id: str) -> Image:
         try:
@@ -239,7 +238,7 @@ class EtcdMetadataStore:
                 for item in self._keys.scan(live)
                 if (member := item.key.removeprefix(live)) in others
             )
-        return [_named(member, note) for member, note in others.items()]
+        return [f"{member} at {note.get('url', 'an unknown address')}" for member, note in others.items()]
 
     def follow_deletions(self, deleted: Callable[[str], None], gap: Callable[[], None]) -> None:
         """A compaction of etcd since the last deletion makes for a gap."""
@@ -373,10 +372,6 @@ def _recalled(mirror: Mirror, image_id: str) -> Known:
 
 def _created(found: Found) -> int:
     return 0 if found.record is None else found.record.created
-
-
-def _named(member: str, note: dict[str, str]) -> str:
-    return f"{member} at {note.get('url', 'an unknown address')}"
 
 
 def _pages(images: Iterable[_T]) -> Iterator[Sequence[_T]]:

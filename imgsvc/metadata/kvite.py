@@ -48,7 +48,7 @@ def import_kvite(connection: sqlite3.Connection, filename: Path, table: str) -> 
             insert_record(connection, image, claimed_source=None)
         except ValueError as error:
             left_out += 1
-            _log.warning("kvite_record_left_out", key=key.decode(errors="replace"), reason=str(error))
+            _log.warning("kvite record left out", key=key.decode(errors="replace"), reason=str(error))
             continue
         imported += 1
         if image.source and _outranks(image, claims.get(image.source)):
@@ -57,7 +57,7 @@ def import_kvite(connection: sqlite3.Connection, filename: Path, table: str) -> 
         "UPDATE imgsvc_images SET source = ? WHERE id = ?", [(source, image.id) for source, image in claims.items()]
     )
     set_meta(connection, _NOTE, json.dumps({"table": table, "imported": imported, "left_out": left_out}))
-    _log.info("kvite_imported", filename=str(filename), table=table, imported=imported, left_out=left_out)
+    _log.info("kvite file imported", filename=str(filename), table=table, imported=imported, left_out=left_out)
 
 
 def _rows(connection: sqlite3.Connection, filename: Path, table: str) -> sqlite3.Cursor:

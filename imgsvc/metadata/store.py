@@ -113,8 +113,9 @@ class MetadataStore(Protocol):
         of the record, which that update then conflicts with.
         """
 
-    def owner(self, image_id: str) -> str:
-        """Names, for a person, the other member that is on record as transferring the image; "" when there is none."""
+    def carrier(self, image_id: str) -> str:
+        """Names, for a person, the other member, live or not, that is on record as transferring the image; "" when
+        there is none."""
 
     def delete(self, image_id: str) -> Image:
         """Removes record, source claim, owner and holders in one step, and returns the image as it was."""

@@ -46,7 +46,7 @@ class Unshared:
         self.get(image_id)
         return True
 
-    def owner(self, image_id: str) -> str:
+    def carrier(self, image_id: str) -> str:
         self.get(image_id)
         return ""
 

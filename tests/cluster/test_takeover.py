@@ -199,7 +199,7 @@ def test_etcd_fails_at_that_moment(hosts: list[Host], fault: Fault) -> None:
     other.look(after=1)
     assert other.rooms.take_turns() == [image.id]
     assert other.rooms.claims() == {image.id}
-    assert not other.records.owner(image.id)
+    assert not other.records.carrier(image.id)
 
 
 @pytest.mark.parametrize("call", ["claim", "space"])
@@ -339,4 +339,4 @@ def test_what_a_member_owns_and_does_not_know_of(hosts: list[Host]) -> None:
     host.look()
     host.look(after=2)
     assert host.rooms.take_turns() == [image.id]
-    assert not host.records.owner(image.id)
+    assert not host.records.carrier(image.id)

@@ -144,7 +144,7 @@ class TestLeftOut:
         (warning,) = [line for line in logs if line["log_level"] == "warning"]
         assert warning["key"] == key
         assert warning["reason"]
-        (summary,) = [line for line in logs if line["event"] == "kvite_imported"]
+        (summary,) = [line for line in logs if line["event"] == "kvite file imported"]
         assert (summary["imported"], summary["left_out"]) == (2, 1)
         assert kvite.rows() == before
 

@@ -79,6 +79,7 @@ def test_etcd_is_back_after_the_grace(own_etcd: EtcdCluster, start_service: Star
             assert connection.readable(4.0), "no answer"
             answer = connection.answer()
             assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
+            assert answer.message.startswith(f"image {image_id} is whole here")
     assert_complete(service, image_id, content)
 
 

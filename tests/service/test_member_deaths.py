@@ -109,7 +109,8 @@ def test_a_member_that_is_killed(cluster: ClusterOfThree) -> None:
         others[1].wait_status(fetch.id, "complete")
         assert len(cluster.source.asked(fetch.path)) == (2 if fetch in fetches[:RUNNING] else 1)
     assert others[0].image(id_of(path))["status"] == "downloading"
-    assert others[0].request("HEAD", path, None, {"Tus-Resumable": "1.0.0"}).status == 503
+    answer = Tus(others[0]).patch(path, MIB // 2)
+    assert (answer.status, f"{name} at {url}" in answer.message) == (503, True), answer.message
 
     lost.start()
     assert tus.offset(path) == MIB // 2

@@ -297,7 +297,7 @@ def test_a_record_that_cannot_be_read(kvite: KviteLeftovers, take_over: TakeOver
             assert [image["id"] for image in service.images()] == [sound["id"]]
             assert service.stored() == {sound["id"], unreadable}
             assert service.get(f"/images/{unreadable}").status == 404
-            warnings = service.events("kvite_record_left_out", level="warning")
+            warnings = service.events("kvite record left out", level="warning")
     assert warnings == []
     assert (kvite.images / unreadable).read_bytes() == b"perhaps somebody wants it"
 
@@ -309,14 +309,14 @@ def test_second_start(kvite: KviteLeftovers) -> None:
     failed = kvite.add(None, status="downloading")
     before = kvite.dump()
     with Successor(kvite) as service:
-        assert [line["imported"] for line in service.events("kvite_imported")] == [3]
+        assert [line["imported"] for line in service.events("kvite file imported")] == [3]
         assert service.delete(deleted["id"]).status == 200
         added = service.upload(b"added")
         wait_for(lambda: service.image(kept["id"])["sha256"], 10, "the digest is there")
         images = service.images()
     assert kvite.dump() == before
     with Successor(kvite) as service:
-        assert service.events("kvite_imported") == []
+        assert service.events("kvite file imported") == []
         assert service.images() == images
         assert {image["id"] for image in images} == {kept["id"], failed["id"], added["id"]}
         assert service.stored() == {kept["id"], added["id"]}
