@@ -18,9 +18,9 @@ from imgsvc.metadata.image import Image, new_id
 from imgsvc.metadata.store import MetadataStore
 from tests.etcd_cluster import EtcdCluster
 from tests.harness import wait_for
+from tests.metadata.etcd.test_watch import Listener, created_and_deleted, endpoint_in_use
 from tests.metadata.etcd_store import OwnedEtcdStore, new_member, open_store
 from tests.metadata.helpers import image, listed
-from tests.metadata.test_etcd_watch import Listener, created_and_deleted, endpoint_in_use
 
 # In which a change reaches another member, whatever single member of etcd is gone, and an outage is known.
 SOON = 2.0
