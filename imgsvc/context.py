@@ -264,4 +264,5 @@ class Context:
         self._settled.wait()
         if not self._closing:
             self._maintenance.reconcile()
+            self.transfers.reconcile()
             self.pulls.reconcile()

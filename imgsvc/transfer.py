@@ -244,9 +244,12 @@ class Transfer:
 
     def cancel(self, reason: ImgsvcError) -> None:
         """Tells the owner to give up: `feed` and `finish` raise `reason` from now on. An owner that waits for bytes
-        looks at `cancelled` at least once a second."""
+        looks at `cancelled` at least once a second; one whose transfer is paused may be away for days, and is not
+        waited for."""
         if self.cancelled is None:
             self.cancelled = reason
+        if self.paused:
+            self.abort(self.cancelled)
 
     def report(self) -> None:
         """Tells the record how far this came, the first bytes at once and then every REPORT_INTERVAL seconds; cancels
@@ -257,15 +260,23 @@ class Transfer:
             if self.paused and self.size == self.image.size:
                 return  # there may be many for long, and deletions of them are told
             self._reported = time.monotonic()
-            try:
-                if self.image.download_start is not None and self.size != self.image.size:
-                    self.image = self._settlements.write(self.image.progressed(self.size))
-                else:
-                    self._check_record()
-            except NotFound:
-                self.cancel(Conflict("the image was deleted during its transfer"))
-            except Conflict:
-                self.cancel(Conflict("the image was ended by somebody else during its transfer"))
+            begun = self.image.download_start is not None and self.size != self.image.size
+            end = _end_by_others(self._write_progress if begun else self._check_record)
+        if end is not None:
+            self.cancel(end)
+
+    def check(self) -> None:
+        """Cancels the transfer when its record is gone, or was ended by somebody else: for who may not have been told.
+        Raises Unavailable."""
+        with self._record:
+            if self._over or self.cancelled is not None or self.image.revision == 0:
+                return
+            end = _end_by_others(self._check_record)
+        if end is not None:
+            self.cancel(end)
+
+    def _write_progress(self) -> None:
+        self.image = self._settlements.write(self.image.progressed(self.size))
 
     def _check_record(self) -> None:
         """Raises NotFound or Conflict when this is not what brings the image in any more."""
@@ -320,6 +331,17 @@ class Transfer:
             outcome=outcome,
             reason="" if reason is None else str(reason),
         )
+
+
+def _end_by_others(write_or_look: Callable[[], None]) -> Conflict | None:
+    """What the transfer is to be cancelled with, by what its record says."""
+    try:
+        write_or_look()
+    except NotFound:
+        return Conflict("the image was deleted during its transfer")
+    except Conflict:
+        return Conflict("the image was ended by somebody else during its transfer")
+    return None
 
 
 def check_digest(image: Image, found: str) -> None:

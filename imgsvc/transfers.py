@@ -99,13 +99,20 @@ class Transfers:
         return [(transfer.image.id, transfer.image.revision) for transfer in running if not transfer.over]
 
     def cancel(self, image_id: str, reason: ImgsvcError) -> None:
-        """Tells the owner of the image's transfer to give up, if it is running here; one that is paused is over."""
+        """As `Transfer.cancel`, if the image's transfer is running here."""
         with self._lock:
             transfer = self._running.get(image_id)
         if transfer is not None:
             transfer.cancel(reason)
+
+    def reconcile(self) -> None:
+        """Cancels what is paused, and was deleted or ended by somebody else while deletions could not be followed; the
+        others find out by themselves. Raises Unavailable."""
+        with self._lock:
+            running = list(self._running.values())
+        for transfer in running:
             if transfer.paused:
-                transfer.abort(reason)
+                transfer.check()
 
     def _begin(self, image: Image, kind: Kind, *, keep: bool) -> Transfer:
         transfer = Transfer(

@@ -258,8 +258,9 @@ class Uploads:
             except (Unavailable, NoSpace) as error:
                 log.debug("others were not told how long to wait", reason=str(error))
                 return
-            except (Conflict, NotFound) as error:  # which its transfer will find out as well
+            except (Conflict, NotFound) as error:
                 log.info("upload lost", image=upload.transfer.image.id, reason=str(error))
+                upload.transfer.cancel(Conflict(f"the upload was ended by others: {error}"))
             upload.told = touched
 
     def _take(self, job: Callable[[], None]) -> None:

@@ -173,6 +173,8 @@ class Pull:
             raise PeerFailed(f"the bytes have the SHA-256 {found}, and were to have {self.image.sha256}")
         if len(givers) == 1:
             self._liars.update(givers)
+            for member in givers.values():
+                self._supply.choice.failed(member)  # other pulls begin with another one
         self._attempts += 1
         self._digest = hashlib.sha256()
         self.course.begin_anew()

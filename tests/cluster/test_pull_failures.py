@@ -97,6 +97,9 @@ def test_wrong_bytes(members: Members, size: int) -> None:
         assert reader.body == wrong[:-HELD_BACK]
     check_kept(members, image.id, body)
     wait_until(lambda: members.one.accused == [(bad, image.id)])
+    next_one = members.one.supply.choice.best(image, ())
+    assert next_one is not None
+    assert next_one.id == good
 
 
 def test_wrong_bytes_of_one_of_two(members: Members) -> None:

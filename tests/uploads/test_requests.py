@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from imgsvc import resumable as resumable_module
-from imgsvc.errors import Conflict, ImgsvcError, Locked, NotFound, Unavailable, WrongChecksum
+from imgsvc.errors import Conflict, Gone, ImgsvcError, Locked, NotFound, Unavailable, WrongChecksum
 from imgsvc.metadata.image import UNKNOWN_SIZE, Status
 from imgsvc.resumable import Checksum
 from tests.flaky import Fault
@@ -63,6 +63,28 @@ class TestPaused:
         rooms.check_settled()
         with pytest.raises(NotFound):
             rooms.uploads.go_on(client.id, PART, UNKNOWN_SIZE)
+
+    def test_others_end_it_unnoticed(self, rooms: Rooms) -> None:
+        """While deletions could not be followed: it is found out afterwards. What is still there is left alone."""
+        deleted, ended, kept = (paused(rooms) for _ in range(3))
+        rooms.base.delete(deleted.id)
+        theirs = rooms.base.update(rooms.base.get(ended.id).failed("by somebody else"))
+        rooms.transfers.reconcile()
+        assert rooms.claims() == {kept.id}
+        assert rooms.base.get(ended.id) == theirs
+        with pytest.raises(NotFound):
+            rooms.uploads.go_on(deleted.id, PART, UNKNOWN_SIZE)
+        with pytest.raises(Gone, match="by somebody else"):
+            rooms.uploads.go_on(ended.id, PART, UNKNOWN_SIZE)
+        rooms.uploads.go_on(kept.id, PART, UNKNOWN_SIZE).abort(LEFT)
+
+    def test_deleted_before_others_are_told_to_wait(self, rooms: Rooms) -> None:
+        client = paused(rooms)
+        rooms.base.delete(client.id)
+        upload = rooms.uploads._uploads[client.id]
+        upload.told = None
+        rooms.uploads._have_others_wait([upload])
+        assert rooms.claims() == set()
 
     def test_deleted_in_the_gap(self, rooms: Rooms) -> None:
         """While a request begins or ends: whoever is second tidies up."""
