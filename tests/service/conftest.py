@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.client import Connection
 from tests.etcd_cluster import EtcdCluster
 from tests.harness import Census, Service, wait_for
 from tests.source import Source
@@ -45,6 +46,12 @@ def on_etcd(cluster: EtcdCluster, prefix: str) -> Settings:
 def shared_service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with Service(tmp_path_factory.mktemp("shared"), **_records(request)) as service:
         yield service
+
+
+@pytest.fixture
+def connection(service: Service) -> Iterator[Connection]:
+    with Connection(service.port) as connection:
+        yield connection
 
 
 @pytest.fixture

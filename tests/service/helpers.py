@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from tests.client import Connection
+from tests.client import Answer, Connection
 from tests.harness import Service, wait_for
 
 
@@ -24,6 +25,24 @@ def begin_upload(service: Service, connection: Connection, length: int | None, s
 
     wait_for(found, 5, "the upload has its record")
     return found()[0]
+
+
+def assert_is_error(answer: Answer, status: int) -> dict[str, Any]:
+    """An error in its wire form, without a stack; returns it."""
+    assert answer.status == status, answer
+    assert answer.headers["Content-Type"] == "application/json"
+    error: dict[str, Any] = answer.json()
+    assert list(error) == ["message", "code", "stack"]
+    assert answer.body == json.dumps(error, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    assert (error["code"], error["stack"]) == (status, [])
+    assert isinstance(error["message"], str)
+    assert error["message"].strip()
+    return error
+
+
+def marked(service: Service, mark: str) -> list[str]:
+    """The states of the images that have this comment."""
+    return [image["status"] for image in service.images() if image["comment"] == mark]
 
 
 def assert_gone(service: Service, image_id: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import uuid
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ import pytest
 from tests.client import Answer, Client, Connection
 from tests.harness import Service, wait_for
 from tests.service.conftest import StartService
+from tests.service.helpers import assert_is_error
 
 NOBODY = str(uuid.UUID(int=1))
 
@@ -50,19 +50,6 @@ MISTAKES = [
     Mistake("PUT", f"/images/{NOBODY}/download", 405, b"x"),
     Mistake("BREW", "/healthz", 405),
 ]
-
-
-def assert_is_error(answer: Answer, status: int) -> dict[str, Any]:
-    """An error in its wire form, without a stack; returns it."""
-    assert answer.status == status, answer
-    assert answer.headers["Content-Type"] == "application/json"
-    error: dict[str, Any] = answer.json()
-    assert list(error) == ["message", "code", "stack"]
-    assert answer.body == json.dumps(error, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-    assert (error["code"], error["stack"]) == (status, [])
-    assert isinstance(error["message"], str)
-    assert error["message"].strip()
-    return error
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: f"{mistake.method} {mistake.path}")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.client import Answer, Connection
+from tests.client import Connection
 from tests.harness import Service
 from tests.service.conftest import StartService
 
@@ -18,24 +17,6 @@ MIB = 1 << 20
 @pytest.fixture
 def service(guarded_service: Service) -> Service:
     return guarded_service
-
-
-@pytest.fixture
-def connection(service: Service) -> Iterator[Connection]:
-    with Connection(service.port) as connection:
-        yield connection
-
-
-def assert_is_error(answer: Answer, status: int) -> None:
-    assert answer.status == status
-    assert answer.headers["Content-Type"] == "application/json"
-    assert list(answer.json()) == ["message", "code", "stack"]
-    assert answer.json()["code"] == status
-
-
-def marked(service: Service, mark: str) -> list[str]:
-    """The states of the images that have this comment."""
-    return [image["status"] for image in service.images() if image["comment"] == mark]
 
 
 # Nonsense

@@ -7,14 +7,15 @@ import os
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.client import Answer, Connection
+from tests.client import Connection
 from tests.harness import Service, wait_for
 from tests.service.conftest import IDLE, LIMIT, StartService
+from tests.service.helpers import assert_is_error, marked
 
 MIB = 1 << 20
 
@@ -22,24 +23,6 @@ MIB = 1 << 20
 @pytest.fixture
 def service(guarded_service: Service) -> Service:
     return guarded_service
-
-
-@pytest.fixture
-def connection(service: Service) -> Iterator[Connection]:
-    with Connection(service.port) as connection:
-        yield connection
-
-
-def assert_is_error(answer: Answer, status: int) -> None:
-    assert answer.status == status
-    assert answer.headers["Content-Type"] == "application/json"
-    assert list(answer.json()) == ["message", "code", "stack"]
-    assert answer.json()["code"] == status
-
-
-def marked(service: Service, mark: str) -> list[str]:
-    """The states of the images that have this comment."""
-    return [image["status"] for image in service.images() if image["comment"] == mark]
 
 
 # Expect: 100-continue

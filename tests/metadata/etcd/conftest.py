@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import pytest
 
@@ -19,15 +19,21 @@ def member() -> Member:
 
 
 @pytest.fixture
-def store(etcd: EtcdCluster, etcd_prefix: str, member: Member) -> Iterator[OwnedEtcdStore]:
-    with closing(open_store(etcd.endpoints, etcd_prefix, member)) as store:
+def cluster(etcd: EtcdCluster) -> EtcdCluster:
+    """Where the stores are."""
+    return etcd
+
+
+@pytest.fixture
+def store(cluster: EtcdCluster, etcd_prefix: str, member: Member) -> Iterator[OwnedEtcdStore]:
+    with closing(open_store(cluster.endpoints, etcd_prefix, member)) as store:
         yield store
 
 
 @pytest.fixture
-def other(etcd: EtcdCluster, etcd_prefix: str) -> Iterator[OwnedEtcdStore]:
-    """The store as another host has it."""
-    with closing(open_store(etcd.endpoints, etcd_prefix, new_member("other"))) as store:
+def other(cluster: EtcdCluster, etcd_prefix: str) -> Iterator[OwnedEtcdStore]:
+    """The store as another member has it."""
+    with closing(open_store(cluster.endpoints, etcd_prefix, new_member("other"))) as store:
         yield store
 
 
@@ -35,3 +41,10 @@ def other(etcd: EtcdCluster, etcd_prefix: str) -> Iterator[OwnedEtcdStore]:
 def raw(etcd: EtcdCluster, etcd_prefix: str) -> Iterator[Raw]:
     with closing(Raw(etcd.endpoints[0], etcd_prefix)) as raw:
         yield raw
+
+
+@pytest.fixture
+def opened() -> Iterator[ExitStack]:
+    """Closes in the end what is entered."""
+    with ExitStack() as opened:
+        yield opened

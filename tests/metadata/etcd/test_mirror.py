@@ -30,16 +30,9 @@ Harm = Callable[[EtcdCluster, int], None]
 
 
 @pytest.fixture
-def store(etcd_cluster: EtcdCluster, etcd_prefix: str) -> Iterator[OwnedEtcdStore]:
-    with closing(open_store(etcd_cluster.endpoints, etcd_prefix)) as store:
-        yield store
-
-
-@pytest.fixture
-def other(etcd_cluster: EtcdCluster, etcd_prefix: str) -> Iterator[OwnedEtcdStore]:
-    """The store as another host has it."""
-    with closing(open_store(etcd_cluster.endpoints, etcd_prefix)) as store:
-        yield store
+def cluster(etcd_cluster: EtcdCluster) -> EtcdCluster:
+    """Of three, to which tests do things."""
+    return etcd_cluster
 
 
 def ids(store: MetadataStore) -> set[str]:
@@ -226,12 +219,6 @@ class TestOutages:
         with closing(open_store(cluster.endpoints, "/anew")) as other:
             later = other.create(image())
         wait_for(lambda: ids(store) == {added.id, later.id}, SOON, "what another wrote")
-
-
-@pytest.fixture
-def opened() -> Iterator[ExitStack]:
-    with ExitStack() as opened:
-        yield opened
 
 
 class TestQuickly:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 
 import pytest
@@ -47,16 +47,9 @@ def listener() -> Listener:
 
 
 @pytest.fixture
-def store(etcd_cluster: EtcdCluster, etcd_prefix: str) -> Iterator[OwnedEtcdStore]:
-    with closing(open_store(etcd_cluster.endpoints, etcd_prefix)) as store:
-        yield store
-
-
-@pytest.fixture
-def other(etcd_cluster: EtcdCluster, etcd_prefix: str) -> Iterator[OwnedEtcdStore]:
-    """The store as another host has it."""
-    with closing(open_store(etcd_cluster.endpoints, etcd_prefix)) as store:
-        yield store
+def cluster(etcd_cluster: EtcdCluster) -> EtcdCluster:
+    """Of three, to which tests do things."""
+    return etcd_cluster
 
 
 def created_and_deleted(store: MetadataStore) -> str:
