@@ -69,8 +69,9 @@ class Context:
             self._hashers = ThreadPoolExecutor(2, thread_name_prefix="hash")
             opened.callback(self._hashers.shutdown)
             self.records_pool = closed_by(opened, Pool("records", 16, patience=1.5, limit=_ANSWER_SECONDS))
-            # For who only reads, and may be answered from memory while the others wait for etcd.
-            self.looks_pool = closed_by(opened, Pool("looks", 8, patience=1.5, limit=_ANSWER_SECONDS))
+            # For who only reads, and may be answered from memory while the others wait for etcd. Hundreds of clients may
+            # come at once, to a machine that is busy with others.
+            self.looks_pool = closed_by(opened, Pool("looks", 8, patience=4.0, limit=_ANSWER_SECONDS))
             self.ends_pool = closed_by(opened, Pool("ends", 16, limit=min(_ANSWER_SECONDS, self.grace or math.inf)))
             self.reads_pool = closed_by(opened, Pool("reads", 8))
             self.bytes_pool = closed_by(opened, Pool("bytes", 8))

@@ -12,6 +12,7 @@ import structlog
 
 from imgsvc.cluster.follower import Follower
 from imgsvc.cluster.line import TICK
+from imgsvc.cluster.parts import Parts
 from imgsvc.cluster.pull import Pull
 from imgsvc.cluster.relay import Relay
 from imgsvc.cluster.supply import Supply
@@ -30,8 +31,10 @@ _FOR_CLIENTS = 32
 _IN_BACKGROUND = 4
 # Parts of images that are on their way through at once.
 _RELAYING = 16
-# Clients whose images pass through at once; the next is told to come back. Each has a part in memory.
+# Clients whose images pass through at once; the next is told to come back. Each has a piece in memory.
 _RELAYS = 512
+# Seconds after a pull that kept nothing in which no other is begun for a client: there will be no more room.
+_KEPT_NOTHING = 1.0
 # Seconds that somebody waits for a pull to end that was told to.
 _PATIENCE = 5.0
 # Seconds between two looks at whether the service stops.
@@ -69,11 +72,14 @@ class Pulls:
         # Digests by image id, of what has come while nobody knows whether it is on record.
         self._unnoted: dict[str, str] = {}
         self._relays: set[Relay] = set()
+        # By image id, when a pull of it ended that kept nothing.
+        self._kept_nothing: dict[str, float] = {}
         self._closing = threading.Event()
         self._no_copies = threading.Event()
         self._background = threading.Semaphore(_IN_BACKGROUND)
         self._threads = ThreadPoolExecutor(_FOR_CLIENTS, thread_name_prefix="pull")
         self._relaying = ThreadPoolExecutor(_RELAYING, thread_name_prefix="relay")
+        self._parts = Parts(supply, self._relaying)
 
     @property
     def running(self) -> int:
@@ -95,7 +101,9 @@ class Pulls:
             raise Elsewhere("no live member holds the image")
 
         def relay(offset: int, digest: object | None) -> Relay:
-            made = Relay(image, self._supply, self._relaying, self._relays.discard, offset=offset, before=digest)
+            made = Relay(
+                image, self._supply, self._parts, self._relaying, self._relays.discard, offset=offset, before=digest
+            )
             if len(self._relays) >= _RELAYS and not offset:
                 made.refuse(Unavailable("too many images pass through this member, which has no room for them"))
             else:
@@ -103,7 +111,9 @@ class Pulls:
             return made
 
         # Without a digest nobody could tell whether a copy is right.
-        return Follower(image, lambda: self._join(image), relay) if image.sha256 else relay(0, None)
+        if not image.sha256 or self._will_not_keep(image):
+            return relay(0, None)
+        return Follower(image, lambda: self._join(image), relay)
 
     def copy(self, image: Image, throttle: Throttle | None = None) -> None:
         """Returns when this member holds the complete image, and its record says so. Raises Unavailable when it cannot
@@ -165,6 +175,7 @@ class Pulls:
         self._no_copies.set()
         self._cancel(Stopping("the service is stopping"), lambda _: True)
         self._threads.shutdown(cancel_futures=True)
+        self._parts.close()
         self._relaying.shutdown(cancel_futures=True)
         self._supply.close()
 
@@ -211,8 +222,17 @@ class Pulls:
         try:
             pull.run()
         finally:
+            now = time.monotonic()
             with self._lock:
                 self._running.pop(pull.image.id, None)
+                if pull.course.passed_on is not None:
+                    self._kept_nothing[pull.image.id] = now
+                for image_id in [each for each, then in self._kept_nothing.items() if now - then > _KEPT_NOTHING]:
+                    del self._kept_nothing[image_id]
+
+    def _will_not_keep(self, image: Image) -> bool:
+        tried = self._kept_nothing.get(image.id)
+        return tried is not None and time.monotonic() - tried <= _KEPT_NOTHING and not self.is_running(image.id)
 
     def _admit(self) -> None:
         with self._lock:

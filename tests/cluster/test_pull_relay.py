@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from imgsvc.cluster import parts
 from imgsvc.errors import Unavailable
-from tests.cluster.members import MIB, Members, some
+from imgsvc.metadata.image import Image
+from tests.cluster.members import MIB, Members, Reading, some
 from tests.flaky import FULL
 from tests.rooms import wait_until
 from tests.source import Resource
@@ -23,17 +25,71 @@ def members(tmp_path: Path) -> Iterator[Members]:
         yield members
 
 
-def test_one_connection_for_many_parts(members: Members) -> None:
-    """It is kept from part to part, and nothing of the image is."""
-    body = some(2 * MIB + 3)
+def parts_of(size: int) -> list[tuple[int, int]]:
+    """What is asked for, by who wants all."""
+    return [(first, min(first + MIB, size) - 1) for first in range(0, size, MIB)]
+
+
+def asked_parts(members: Members, image: Image, member: str) -> list[tuple[int, int | None]]:
+    """In order; what is asked for without a range is the pull that finds no room."""
+    ranges = [each.range for each in members.asked(image, member) if each.range is not None]
+    return sorted(ranges, key=lambda each: each[0])
+
+
+def test_few_connections_for_many_parts(members: Members) -> None:
+    """They are kept from part to part, of which one is read ahead, and nothing of the image is kept."""
+    body = some(9 * MIB + 3)
     image = members.image(body)
     other = members.serve(image, Resource(body, keep=True))
     assert members.read(image).whole() == body
-    asked = [exchange.range for exchange in members.asked(image, other)[1:]]
-    assert asked[0] == (0, 256 * 1024 - 1)
-    assert asked[-1] == (2 * MIB, 2 * MIB + 2)
-    assert members.others[other].most_connections <= 2  # the pull's, which found no room, and this
+    assert asked_parts(members, image, other) == parts_of(len(body))
+    assert members.others[other].most_connections <= 3  # the pull's, which found no room, and these
     assert set(members.one.disk.ids()) == members.one.claims() == set()
+
+
+def test_many_clients_share_the_parts(members: Members) -> None:
+    """Each is asked for once, by whoever comes first, and no pull is tried for each of them. When all have left, none is
+    in memory."""
+    body = some(5 * MIB + 3)
+    image = members.image(body)
+    other = members.serve(image, Resource(body, keep=True))
+    assert members.read(image, 0, 1).whole() == body[:1]  # which finds out that there is no room
+    before = len(members.asked(image, other))
+    readers = [members.read(image) for _ in range(40)]
+    assert all(reader.whole() == body for reader in readers)
+    assert asked_parts(members, image, other)[1:] == parts_of(len(body))
+    assert len(members.asked(image, other)) == before + 6
+    wait_until(lambda: not members.one.pulls._parts._kept)
+
+
+def test_a_slow_client_holds_nobody_up(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it wants in the end is asked for again."""
+    monkeypatch.setattr(parts, "_KEPT", 4)
+    body = some(8 * MIB)
+    image = members.image(body)
+    other = members.serve(image, Resource(body, keep=True))
+    slow = members.one.pulls.open(image)
+    first = Reading(slow, 0, 1, close=False)
+    assert first.whole() == body[:1]
+    assert members.read(image).whole() == body
+    assert Reading(slow, 1).whole() == body[1:]
+    assert asked_parts(members, image, other).count((MIB, 2 * MIB - 1)) == 2
+
+
+def test_a_client_that_leaves(members: Members) -> None:
+    """While all wait for the part that was asked for when it came: they get it."""
+    body = some(2 * MIB)
+    image = members.image(body)
+    members.serve(image, Resource(body, keep=True))
+    assert members.read(image, 0, 1).whole() == body[:1]
+    members.resources["a"].hold = True
+    leaving = members.one.pulls.open(image)
+    leaving.wait(0, len(body), lambda: None)
+    wait_until(lambda: len(members.asked(image, "a")) == 3)
+    readers = [members.read(image) for _ in range(3)]
+    leaving.close()
+    members.resources["a"].begin()
+    assert all(reader.whole() == body for reader in readers)
 
 
 @pytest.mark.parametrize("broken", [Resource(cut_after=100), Resource(stall_after=100), Resource(status=503)])
@@ -48,7 +104,7 @@ def test_another_member_goes_on(members: Members, broken: Resource) -> None:
 
 def test_nobody_goes_on(members: Members) -> None:
     """The client is cut."""
-    body = some(2 * MIB)
+    body = some(6 * MIB)
     image = members.image(body)
     other = members.serve(image, body)
     members.others[other].serve(
@@ -58,11 +114,11 @@ def test_nobody_goes_on(members: Members) -> None:
     reader = members.read(image)
     with pytest.raises(Unavailable, match=other):
         reader.whole()
-    assert 0 < len(reader.body) < 2 * MIB
+    assert 0 < len(reader.body) < 6 * MIB
     assert body.startswith(reader.body)
 
 
-@pytest.mark.parametrize("size", [1000, MIB])
+@pytest.mark.parametrize("size", [1000, MIB, 3 * MIB])
 def test_wrong_bytes(members: Members, size: int) -> None:
     """Nobody gets all of them; who has got none gets right ones. The member is told."""
     body, wrong = some(size), some(size)
@@ -74,8 +130,7 @@ def test_wrong_bytes(members: Members, size: int) -> None:
     assert len(reader.body) < size
     wait_until(lambda: ("a", image.id) in members.one.accused)
     members.serve(image, Resource(body, keep=True), "b")
-    if size < MIB:
-        assert members.read(image).whole() == body
+    assert members.read(image).whole() == body
 
 
 def test_wrong_bytes_behind_what_was_kept(members: Members) -> None:
