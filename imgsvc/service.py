@@ -173,6 +173,9 @@ class ImageService:
         Raises NotFound when there is none, NotComplete when it may not be read, Elsewhere when only other members hold
         its bytes, and are not live or not to be asked, Unavailable when nobody is known to."""
         image, stale = self.look(image_id)
+        if image.was_lost and image.replicas is not None:
+            # Among members, an image that somebody was promised is never said not to be there.
+            raise Unavailable(image.error)
         if image.status is not Status.COMPLETE:
             raise NotComplete(f"image {image.id} is not complete")
         self._served(image.id)
@@ -205,7 +208,9 @@ class ImageService:
         if holders:
             return Elsewhere(f"this member does not hold the image; held by {', '.join(holders)}")
         log.error("bytes of a complete image are missing", image=image.id)
-        return Unavailable("this host does not hold the image, and no other is known to")
+        if image.replicas is not None and self._me in image.replicas:
+            return Unavailable(f"{self._me} is on record as holding the image and has lost it; nobody else is known to")
+        return Unavailable("this member does not hold the image, and no other is known to")
 
     def _open_bytes(self, image: Image) -> ImageReader:
         """Raises NotFound when they are not here, Unavailable when they are not to be had."""

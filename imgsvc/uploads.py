@@ -111,19 +111,21 @@ class Uploads:
             upload.transfer.suspend()
 
     def create(self, image_type: ImageType, comment: str, length: int, expected_sha256: str, metadata: str) -> Progress:
-        """A new upload of so many bytes, which with none is complete. Raises TooLarge or NoSpace; then nothing is left
-        of it."""
+        """A new upload of so many bytes, which with none is complete. Raises TooLarge, NoSpace, or Conflict when others
+        have ended it at once; then nothing is left of it."""
         transfer = self._transfers.upload(image_type, comment, length, expected_sha256)
         try:
             transfer.restart({"kind": _KIND, "metadata": metadata})
             if length == 0:
                 return Progress(transfer.finish(), 0, 0, metadata)
+            touched = time.time()
+            self._have_others_wait(transfer, touched)  # or it could be ended by them before its client is told of it
         except ImgsvcError as error:
             transfer.abort(error)
             raise
         transfer.pause()
-        upload = self._add(transfer, metadata, time.time(), verified=True)
-        self._have_others_wait([upload])
+        upload = self._add(transfer, metadata, touched, verified=True)
+        upload.told = touched
         return upload.look()
 
     def look(self, image_id: str) -> Progress:
@@ -243,18 +245,20 @@ class Uploads:
     def _look_after(self, uploads: Sequence[Resumable]) -> None:
         for upload in uploads:
             upload.abandon(time.time())
-        self._have_others_wait(uploads)
+        self._have_them_wait_on(uploads)
 
-    def _have_others_wait(self, uploads: Iterable[Resumable]) -> None:
-        """Should this member die, nobody else ends these uploads before they can have expired. That is told anew when a
-        good part of the time has gone by since; else it would be a write for every block."""
-        part = self._expire * _TOLD_PART
+    def _have_others_wait(self, transfer: Transfer, touched: float) -> None:
+        """Should this member die, nobody else ends the upload before it can have expired."""
+        self._records.expect(transfer.image.id, touched + self._expire * (1 + _TOLD_PART))
+
+    def _have_them_wait_on(self, uploads: Iterable[Resumable]) -> None:
+        """That is told anew when a good part of the time has gone by since; else it would be a write for every block."""
         for upload in uploads:
             touched = upload.touched
-            if upload.told is not None and touched < upload.told + part:
+            if upload.told is not None and touched < upload.told + self._expire * _TOLD_PART:
                 continue
             try:
-                self._records.expect(upload.transfer.image.id, touched + self._expire + part)
+                self._have_others_wait(upload.transfer, touched)
             except (Unavailable, NoSpace) as error:
                 log.debug("others were not told how long to wait", reason=str(error))
                 return

@@ -213,7 +213,9 @@ class EtcdMetadataStore:
         return self._copies.drop(image_id, keep)
 
     def lose_copy(self, failed: Image, is_gone: Callable[[], bool]) -> bool:
-        return self._copies.lose(failed, is_gone)
+        # Whoever asks for the image is told where it was.
+        held = f"{failed.error}; held by {self._member.id} at {self._member.url}"
+        return self._copies.lose(dataclasses.replace(failed, error=held), is_gone)
 
     def holders(self, image_id: str) -> Sequence[str]:
         """While etcd is away, what is remembered; then those that are not live have no address."""

@@ -80,6 +80,11 @@ class Image:
     replicas: tuple[str, ...] | None = None
 
     @property
+    def was_lost(self) -> bool:
+        """It was complete once, and no member has its bytes any more."""
+        return self.status is Status.ERROR and self.error.startswith((LOST, DAMAGED))
+
+    @property
     def in_transfer(self) -> bool:
         """Whether somebody must still bring this image to an end."""
         return self.status in (Status.PENDING, Status.DOWNLOADING)

@@ -84,7 +84,23 @@ def story(cluster: ClusterOfThree, seed: int, done: list[Step]) -> str:
     """What was done, and what the members said of it."""
     steps = "\n".join(map(str, done))
     logs = "\n".join(f"--- {member.name}\n{_tail(member)}" for member in cluster.members)
-    return f"FAULTS_SEED={seed} FAULTS_STEPS={len(done) - 1}\n{steps}\n{logs}"
+    return f"FAULTS_SEED={seed} FAULTS_STEPS={len(done) - 1}\n{steps}\n{_etcd(cluster)}\n{logs}"
+
+
+def _etcd(cluster: ClusterOfThree) -> str:
+    """Whether etcd's own members have the same records: those of 3.5.1 may come to differ when they are killed."""
+    said = []
+    for i in range(3):
+        try:
+            revision = int(
+                cluster.etcd.call("/v3/kv/range", {"key": "AA==", "serializable": True}, i)["header"]["revision"]
+            )
+            said.append(
+                f"revision {revision}, hash {cluster.etcd.call('/v3/maintenance/hash', {'revision': revision}, i)}"
+            )
+        except OSError as error:
+            said.append(f"no answer: {error}")
+    return "\n".join(f"etcd {i}: {each}" for i, each in enumerate(said))
 
 
 def _tail(member: Member) -> str:

@@ -114,13 +114,35 @@ def test_a_download_of_what_was_cut(hosts: dict[str, Service]) -> None:
 
 
 def test_the_only_copy_rots(hosts: dict[str, Service]) -> None:
-    """It is an error, which says so, and the bytes are kept for a person."""
+    """It is an error, which says so, and the bytes are kept for a person. Who asks for the image is told the same at any
+    member, with the name of the one that lost it, and not that there is no such image."""
     image_id = str(hosts["a"].upload(BODY)["id"])
     rot(hosts["a"], image_id)
     hosts["a"].expect_errors(*DAMAGE)
     ask(hosts["a"]).check(image_id)
-    assert "damaged" in hosts["a"].wait_status(image_id, "error")["error"]
+    error = hosts["a"].wait_status(image_id, "error")["error"]
+    assert "damaged" in error
+    assert error.endswith(f"; held by a at http://127.0.0.1:{hosts['a'].port}")
     assert aside(hosts["a"]) == [ROTTEN]
+    for host in hosts.values():
+        wait_for(lambda host=host: host.image(image_id)["status"] == "error", 5, "it knows")  # type: ignore[misc]
+        answer = host.download(image_id)
+        assert (answer.status, answer.message) == (503, error)
+    failed = hosts["a"].fetch("http://127.0.0.1:1/")["id"]
+    hosts["a"].wait_status(failed, "error")
+    assert (hosts["a"].download(failed).status, hosts["a"].download(failed).message) == (404, "incomplete image")
+
+
+def test_the_only_copy_is_removed_by_hand(hosts: dict[str, Service]) -> None:
+    """It is said whose it was, before anybody has put it into the record, too."""
+    image_id = str(hosts["a"].upload(BODY)["id"])
+    (hosts["a"].images_dir / image_id).unlink()
+    hosts["a"].expect_errors("bytes of a complete image are missing")
+    for host in hosts.values():
+        answer = host.download(image_id)
+        assert (answer.status, "a at http" in answer.message or "a is on record" in answer.message) == (503, True), (
+            answer
+        )
 
 
 def test_the_scrub_finds_it(hosts: dict[str, Service]) -> None:

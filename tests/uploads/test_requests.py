@@ -12,7 +12,7 @@ import pytest
 
 from imgsvc import resumable as resumable_module
 from imgsvc.errors import Conflict, Gone, ImgsvcError, Locked, NotFound, Unavailable, WrongChecksum
-from imgsvc.metadata.image import UNKNOWN_SIZE, Status
+from imgsvc.metadata.image import UNKNOWN_SIZE, ImageType, Status
 from imgsvc.resumable import Checksum
 from tests.flaky import Fault
 from tests.rooms import Place, Rooms, report_now, wait_until
@@ -78,12 +78,20 @@ class TestPaused:
             rooms.uploads.go_on(ended.id, PART, UNKNOWN_SIZE)
         rooms.uploads.go_on(kept.id, PART, UNKNOWN_SIZE).abort(LEFT)
 
+    def test_others_end_it_before_its_client_is_told(self, rooms: Rooms) -> None:
+        """They did not know yet that they are to wait for its member, which was away: the client begins anew."""
+        rooms.faults.next("expect", Fault(Conflict("this member is not transferring the image")))
+        with pytest.raises(Conflict):
+            rooms.uploads.create(ImageType.KVM, "of a test", len(BODY), "", "")
+        assert rooms.uploads._all() == []
+        rooms.check_settled()
+
     def test_deleted_before_others_are_told_to_wait(self, rooms: Rooms) -> None:
         client = paused(rooms)
         rooms.base.delete(client.id)
         upload = rooms.uploads._uploads[client.id]
         upload.told = None
-        rooms.uploads._have_others_wait([upload])
+        rooms.uploads._have_them_wait_on([upload])
         assert rooms.claims() == set()
 
     def test_deleted_in_the_gap(self, rooms: Rooms) -> None:
