@@ -16,7 +16,8 @@ from imgsvc.whole import Pace
 
 # Images that wait to be checked.
 _MOST_WAITING = 1_000
-# Seconds for which one that was found right is not read again: who doubts it once more has got it over a bad line.
+# Seconds for which one that was found right is not read again: who doubts it once more may have got it over a bad line,
+# and if not, that is soon enough.
 _RIGHT_FOR = 60.0
 # How long `close` waits for a disk that hangs.
 _CLOSING_SECONDS = 1.0
@@ -44,8 +45,8 @@ class Checks:
         self._held = held
         self._damaged = damaged
         self._changed = threading.Condition()
-        # In the order in which they came; the first is the one that is being read.
-        self._waiting: dict[str, None] = {}
+        # In the order in which they came, with when each may be read.
+        self._waiting: dict[str, float] = {}
         self._right: dict[str, float] = {}
         self._thread = threading.Thread(target=self._work, name="checks", daemon=True)
 
@@ -55,15 +56,11 @@ class Checks:
     def submit(self, image_id: str) -> None:
         """Has the image read soon. Never blocks. Raises Unavailable when too many wait."""
         with self._changed:
-            if (
-                image_id in self._waiting
-                or time.monotonic() < self._right.get(image_id, 0.0)
-                or not self._held(image_id)
-            ):
+            if image_id in self._waiting or not self._held(image_id):
                 return
             if len(self._waiting) >= _MOST_WAITING:
                 raise Unavailable("too many images wait to be checked")
-            self._waiting[image_id] = None
+            self._waiting[image_id] = self._right.get(image_id, 0.0)
             self._changed.notify()
 
     def close(self) -> None:
@@ -86,8 +83,13 @@ class Checks:
 
     def _next(self) -> str | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closing.is_set())
-            return None if self._closing.is_set() else next(iter(self._waiting))
+            while not self._closing.is_set():
+                now = time.monotonic()
+                for image_id, when in self._waiting.items():
+                    if when <= now:
+                        return image_id
+                self._changed.wait(min(self._waiting.values()) - now if self._waiting else None)
+        return None
 
     def _check(self, image_id: str) -> None:
         finding = self._scrub.check(image_id)
