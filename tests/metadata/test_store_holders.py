@@ -6,7 +6,7 @@ import pytest
 
 from imgsvc.errors import Conflict, NotFound
 from imgsvc.metadata.store import Entry, MetadataStore
-from tests.metadata.conftest import MEMBER
+from tests.metadata.conftest import MEMBER, Kind
 from tests.metadata.helpers import SOURCE, entry, image
 
 
@@ -42,13 +42,16 @@ class TestSurroundings:
         store.release(created.id)
         store.update(created.failed("an update of what was created"))
 
-    def test_the_last_copy_is_lost(self, store: MetadataStore) -> None:
-        """The image goes with it, also when that is said twice, but not at another revision."""
+    def test_the_last_copy_is_lost(self, store: MetadataStore, kind: Kind) -> None:
+        """The image goes with it, also when that is said twice, but not at another revision. Others are told whose copy
+        it was."""
         current = store.update(store.create(image(SOURCE)).completed(5, "ab"))
         failed = current.failed("the bytes have rotted")
         assert store.lose_copy(failed, lambda: True)
         found = entry(store, current.id)
-        assert (found.image.error, found.owner, found.here) == ("the bytes have rotted", None, False)
+        whose = f"; held by {MEMBER.id} at {MEMBER.url}" if kind.shared else ""
+        assert found.image.error == "the bytes have rotted" + whose
+        assert (found.owner, found.here) == (None, False)
         with pytest.raises(Conflict):
             store.lose_copy(current.failed("for another reason"), lambda: True)
         assert store.get(current.id) == found.image
