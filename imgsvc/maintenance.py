@@ -79,7 +79,7 @@ class Maintenance:
                     example = entry.image.id
         if example:
             raise ConfigError(
-                f"{self._images.place} has none of the images that this host is on record as holding (such as "
+                f"{self._images.place} has none of the images that this member is on record as holding (such as "
                 f"{example}), and no marker for these records: is its file system mounted, and is it the right one?"
             )
 

@@ -171,7 +171,7 @@ class ImageService:
         Bytes that are not here come from another member while they are read, unless only our `own` will do.
 
         Raises NotFound when there is none, NotComplete when it may not be read, Elsewhere when only other members hold
-        its bytes, and are not live or not to be asked, Unavailable when nobody is known to."""
+        its bytes, and are not live or not to be asked, Unavailable when nobody is known to, or has them any more."""
         image, stale = self.look(image_id)
         if image.was_lost and image.replicas is not None:
             # Among members, an image that somebody was promised is never said not to be there.

@@ -119,7 +119,7 @@ class Uploads:
             if length == 0:
                 return Progress(transfer.finish(), 0, 0, metadata)
             touched = time.time()
-            self._have_others_wait(transfer, touched)  # or it could be ended by them before its client is told of it
+            self._tell_others(transfer, touched)  # or it could be ended by them before its client is told of it
         except ImgsvcError as error:
             transfer.abort(error)
             raise
@@ -245,20 +245,20 @@ class Uploads:
     def _look_after(self, uploads: Sequence[Resumable]) -> None:
         for upload in uploads:
             upload.abandon(time.time())
-        self._have_them_wait_on(uploads)
+        self._tell_others_again(uploads)
 
-    def _have_others_wait(self, transfer: Transfer, touched: float) -> None:
+    def _tell_others(self, transfer: Transfer, touched: float) -> None:
         """Should this member die, nobody else ends the upload before it can have expired."""
         self._records.expect(transfer.image.id, touched + self._expire * (1 + _TOLD_PART))
 
-    def _have_them_wait_on(self, uploads: Iterable[Resumable]) -> None:
-        """That is told anew when a good part of the time has gone by since; else it would be a write for every block."""
+    def _tell_others_again(self, uploads: Iterable[Resumable]) -> None:
+        """Where a good part of the time has gone by since they were told; else it would be a write for every block."""
         for upload in uploads:
             touched = upload.touched
             if upload.told is not None and touched < upload.told + self._expire * _TOLD_PART:
                 continue
             try:
-                self._have_others_wait(upload.transfer, touched)
+                self._tell_others(upload.transfer, touched)
             except (Unavailable, NoSpace) as error:
                 log.debug("others were not told how long to wait", reason=str(error))
                 return

@@ -91,7 +91,7 @@ class TestPaused:
         rooms.base.delete(client.id)
         upload = rooms.uploads._uploads[client.id]
         upload.told = None
-        rooms.uploads._have_them_wait_on([upload])
+        rooms.uploads._tell_others_again([upload])
         assert rooms.claims() == set()
 
     def test_deleted_in_the_gap(self, rooms: Rooms) -> None:
