@@ -133,6 +133,20 @@ def test_wrong_bytes(members: Members, size: int) -> None:
     assert members.read(image).whole() == body
 
 
+def test_wrong_parts_are_forgotten(members: Members) -> None:
+    """Also while somebody goes on reading the image: who comes then gets right ones."""
+    body, wrong = some(3 * MIB), some(3 * MIB)
+    image = members.image(body)
+    members.serve(image, Resource(wrong, keep=True), "a")
+    staying = members.one.pulls.open(image)
+    assert Reading(staying, 0, 1, close=False).whole() == wrong[:1]
+    with pytest.raises(Unavailable, match="wrong digest"):
+        members.read(image).whole()
+    members.serve(image, Resource(body, keep=True), "b")
+    assert members.read(image).whole() == body
+    staying.close()
+
+
 def test_wrong_bytes_behind_what_was_kept(members: Members) -> None:
     """The digest is of all, wherever each part came from."""
     body = some(3 * MIB)
