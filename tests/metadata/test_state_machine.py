@@ -207,6 +207,7 @@ class MetadataMachine(RuleBasedStateMachine):
         self.store.close()
         if self.shared:
             self.owned.clear()
+            self.last_update = None  # another process repeats nothing: it takes the transfer over, which is a write
         self.store = self.place()
         assert self.store.identity == self.identity
 

@@ -57,8 +57,8 @@ def test_a_good_upload_leaves_no_descriptor(service: Service) -> None:
         assert len(service.download(image["id"]).body) == 100_000
         assert service.delete(image["id"]).status == 200
 
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(once, range(20)))  # whatever is opened once and kept
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(once, range(100)))  # whatever is opened once and kept, threads for more clients than now included
     wait_for(lambda: service.image_files() == [], 5, "no image is open")
     before = service.census()
     with ThreadPoolExecutor(8) as pool:
