@@ -72,7 +72,8 @@ def test_more_are_asked_for_in_small_ranges(counting: Counting, etcd_prefix: str
     counting.asked.clear()
     assert sum(1 for _ in scan(counting, etcd_prefix)) == 2_500
     (_, *asked) = counting.asked
-    assert 150 < len(asked) <= 256
+    # The first page ends at two fifths of the ids, which are random: some 154 cuts are left, give or take three.
+    assert 120 < len(asked) <= 200
     assert max(counting_of(counting, *bounds) for bounds in asked[:-1]) < 40
 
 

@@ -20,8 +20,8 @@ from tests.source import Source
 MIB = 1 << 20
 IDLE = 1.0
 LIMIT = 24 * MIB
-# Threads of all pools of imgsvc/context.py together; each is started when there is work for it, and then stays.
-_POOLS = 50
+# Threads of the pools of imgsvc/context.py; each is started when there is work for it, and then stays.
+_POOLS = {"hash": 2, "records": 16, "looks": 8, "ends": 16, "reads": 8, "bytes": 8, "health": 2, "members": 1}
 
 Settings = dict[str, object]
 StartService = Callable[..., Service]
@@ -115,7 +115,7 @@ def own_etcd() -> Iterator[EtcdCluster]:
 def _impatient_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Census, int, int]]:
     """The service, what it holds once it has opened all that it keeps open, its memory then, and its most threads."""
     with Service(tmp_path_factory.mktemp("raw"), idle_timeout=IDLE, max_image_size=LIMIT) as service:
-        threads = service.census().threads + _POOLS
+        threads = service.census().threads + sum(_POOLS.values())
         with ThreadPoolExecutor(24) as pool:
             for image in pool.map(lambda _: service.upload(bytes(MIB)), range(48)):
                 service.download(image["id"])
