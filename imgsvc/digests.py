@@ -7,17 +7,21 @@ import contextlib
 import dataclasses
 import queue
 import threading
+from collections.abc import Callable
 
 import structlog
 
 from imgsvc.errors import Conflict, ImgsvcError, NotFound, Stopping, Unavailable
-from imgsvc.images.store import ImageStore, is_stored
+from imgsvc.images.store import ImageReader, ImageStore, is_stored
 from imgsvc.metadata.image import DAMAGED, Image, Status
 from imgsvc.metadata.store import MetadataStore, let_go
+from imgsvc.settlements import note_copy
 from imgsvc.whole import digest_of
 
 # Seconds before a metadata store that did not answer is asked again.
 _RETRY_INTERVAL = 5.0
+# How often it is asked with one digest in hand: a minute's worth.
+_TRIES = 12
 
 log = structlog.get_logger()
 
@@ -30,8 +34,7 @@ class Digests:
         self._images = images
         self._records = records
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        # Digests by image id, "" where none is computed yet.
-        self._waiting: dict[str, str] = {}
+        self._waiting: set[str] = set()
         self._doubted: set[str] = set()
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -51,7 +54,7 @@ class Digests:
                 self._doubted.add(image_id)
             if image_id in self._waiting:
                 return
-            self._waiting[image_id] = ""
+            self._waiting.add(image_id)
         self._queue.put(image_id)
 
     def doubts(self, image_id: str) -> bool:
@@ -74,7 +77,7 @@ class Digests:
                 done = True
             if done:
                 with self._lock:
-                    del self._waiting[image_id]
+                    self._waiting.discard(image_id)
                     # What was not found right has no note, and is not served for that. A doubt that stays would be
                     # about other bytes when the image is brought here again.
                     self._doubted.discard(image_id)
@@ -88,9 +91,7 @@ class Digests:
         try:
             image = self._records.get(image_id)
             if image.status is Status.COMPLETE and (self.doubts(image_id) or not image.sha256):
-                sha256 = self._waiting[image_id] or self._computed(image_id)
-                if sha256:
-                    self._record(image, sha256)
+                self._read(image)
         except Unavailable as error:
             log.warning("digest waits", image=image_id, reason=str(error))
             return False
@@ -98,35 +99,48 @@ class Digests:
             log.info("digest not recorded", image=image_id, reason=str(error))
         return True
 
-    def _computed(self, image_id: str) -> str:
-        """Kept until it is recorded; "" when the image cannot be read."""
+    def _read(self, image: Image) -> None:
         try:
-            sha256 = self._read(image_id)
+            reader = self._images.open(image.id)
         except NotFound:
             # Whatever comes in its place is not what was doubted.
             with self._lock:
-                self._doubted.discard(image_id)
-            return ""
-        except ImgsvcError as error:
-            if not self._closing.is_set():
-                log.error("image cannot be read", image=image_id, reason=str(error))
-            return ""
-        with self._lock:
-            self._waiting[image_id] = sha256
-        return sha256
-
-    def _read(self, image_id: str) -> str:
-        with contextlib.closing(self._images.open(image_id)) as reader:
-            return digest_of(reader, self._go_on)
+                self._doubted.discard(image.id)
+            return
+        except Unavailable as error:
+            log.error("image cannot be read", image=image.id, reason=str(error))
+            return
+        with contextlib.closing(reader):
+            try:
+                sha256 = digest_of(reader, self._go_on)
+            except ImgsvcError as error:
+                if not self._closing.is_set():
+                    log.error("image cannot be read", image=image.id, reason=str(error))
+                return
+            self._insist(image, lambda: self._judge(image, sha256, reader))
 
     def _go_on(self, _count: int) -> None:
         if self._closing.is_set():
             raise Stopping("the service is stopping")
 
-    def _record(self, image: Image, sha256: str) -> None:
+    def _insist(self, image: Image, step: Callable[[], None]) -> None:
+        """For a while: to read an image takes long. Others have their turn then, in case it is this record's fault."""
+        for _ in range(_TRIES - 1):
+            try:
+                return step()
+            except Unavailable as error:
+                log.warning("digest waits", image=image.id, reason=str(error))
+                self._closing.wait(_RETRY_INTERVAL)
+                self._go_on(0)
+        return step()
+
+    def _judge(self, read: Image, sha256: str, reader: ImageReader) -> None:
+        """Of the bytes that `reader` has open, by the record as it is now: while they were read the image may have
+        been damaged elsewhere, and fetched again with other bytes, even here."""
+        image = self._records.get(read.id)
         if not image.sha256:
             try:
-                image = self._records.update(dataclasses.replace(image, sha256=sha256))
+                image = self._records.update(dataclasses.replace(read, sha256=sha256))
                 log.info("digest recorded", image=image.id, sha256=sha256)
             except Conflict:
                 # Another member that holds it was quicker.
@@ -134,17 +148,23 @@ class Digests:
         if image.status is not Status.COMPLETE:
             return
         if image.sha256 == sha256:
-            self._records.hold(image.id)
+            note_copy(self._records, self._images, image)
         else:
-            log.error("image set aside here: its digest is wrong", image=image.id, sha256=sha256, wanted=image.sha256)
-            let_go(self._records, image.id, self._images.member)
-            with contextlib.suppress(NotFound):  # done before, when the record could not be written
-                self._images.quarantine(image.id)
-            self._lost(image, sha256)
+            self._set_aside(image, sha256, reader)
 
-    def _lost(self, image: Image, sha256: str) -> None:
-        """One that nobody is on record as holding stays complete: a member that has yet to start may have its bytes."""
-        if image.replicas == ():
-            return
-        reason = f"{DAMAGED}its sha256 is {sha256}, and should be {image.sha256}; its bytes are in quarantine"
-        self._records.lose_copy(image.progressed(0).failed(reason), lambda: not is_stored(self._images, image.id))
+    def _set_aside(self, image: Image, sha256: str, reader: ImageReader) -> None:
+        """Raises Conflict when the bytes that are here by now are others."""
+        log.error("image set aside here: its digest is wrong", image=image.id, sha256=sha256, wanted=image.sha256)
+        released = let_go(self._records, image.id, self._images.member)
+        try:
+            self._images.quarantine(image.id, reader)
+        except Conflict:
+            if released and self._images.member in (image.replicas or ()):  # it is the note of the other bytes
+                note_copy(self._records, self._images, image)
+            raise
+        except NotFound:
+            pass  # done before, when the record could not be written
+        # One that nobody is on record as holding stays complete: a member that has yet to start may have its bytes.
+        if image.replicas != ():
+            reason = f"{DAMAGED}its sha256 is {sha256}, and should be {image.sha256}; its bytes are in quarantine"
+            self._records.lose_copy(image.progressed(0).failed(reason), lambda: not is_stored(self._images, image.id))

@@ -163,7 +163,7 @@ class Maintenance:
                 # One that another member has deleted since is told of once the sweep is over; one that it has put in
                 # error is the next start's.
                 with contextlib.suppress(NotFound, Conflict):
-                    self._records.hold(image.id)
+                    self._records.hold(image)
                 self._digests.submit(image.id)
         elif entry.here:
             aside = image.id in self._images.quarantined()

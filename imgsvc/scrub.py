@@ -239,7 +239,7 @@ class Scrub:
     def _note_again(self, image: Image) -> None:
         """That this member holds the image, unless its record has changed."""
         if self._records.get(image.id).revision == image.revision:
-            self._records.hold(image.id)
+            self._records.hold(image)
 
     def _insist(self, image: Image, call: Callable[[], _T]) -> _T:
         """Until the records answer: what has been begun is not to be begun anew."""

@@ -10,7 +10,7 @@ from typing import TypeVar
 import structlog
 
 from imgsvc.errors import Conflict, ImgsvcError, NoSpace, NotFound, Unavailable
-from imgsvc.images.store import ImageStore
+from imgsvc.images.store import ImageStore, is_stored
 from imgsvc.metadata.image import Image, Status
 from imgsvc.metadata.store import MetadataStore
 
@@ -119,7 +119,7 @@ class Settlements:
         except Conflict as error:
             stored = self._records.get(final.id)
             if stored.status is Status.COMPLETE and stored.sha256 == final.sha256:
-                self._records.hold(final.id)
+                note_copy(self._records, self._images, final)
                 return stored
             # They are not the bytes of this record, and must not be there when it is complete.
             self._images.delete(final.id)
@@ -137,3 +137,13 @@ class Settlements:
         with contextlib.suppress(NotFound):
             self._records.delete(image_id)
         self._images.unclaim(image_id)
+
+
+def note_copy(records: MetadataStore, images: ImageStore, image: Image) -> None:
+    """Puts on record that this member holds the bytes of this very image: complete, and with its digest. May be
+    repeated, however late; a copy that was dropped in the meantime stays without a note. Raises Conflict or NotFound
+    when the record is not that image's any more."""
+    records.hold(image)
+    # Only now: who drops a copy takes the note away first, and looks for a new one afterwards.
+    if not is_stored(images, image.id):
+        records.release(image.id)

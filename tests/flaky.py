@@ -137,7 +137,7 @@ class _Flaky:
             return attribute
 
         def apply(*args: Any, **kwargs: Any) -> Any:
-            result = attribute(*args, **kwargs)
+            result = attribute(*(arg._store if isinstance(arg, _Flaky) else arg for arg in args), **kwargs)
             if name == "writer":
                 self._faults.writers.append(result)
             if name in ("writer", "open"):

@@ -44,9 +44,9 @@ class SharedRecords(MemoryMetadataStore):
     def may_own(self, image_id: str) -> bool:
         return self.owners.get(image_id, self._member.id) == self._member.id
 
-    def hold(self, image_id: str) -> None:
-        self.get(image_id)
-        self.holding.setdefault(image_id, set()).add(self._member.id)
+    def hold(self, image: Image) -> None:
+        super().hold(image)
+        self.holding.setdefault(image.id, set()).add(self._member.id)
 
     def release(self, image_id: str) -> None:
         self.holding.get(image_id, set()).discard(self._member.id)
@@ -67,6 +67,6 @@ class SharedRecords(MemoryMetadataStore):
         if image.in_transfer:
             self.owners[image.id] = self._member.id
         elif image.status is Status.COMPLETE:
-            self.hold(image.id)
+            self.hold(image)
         else:
             self.holding.pop(image.id, None)

@@ -15,7 +15,7 @@ import structlog
 from imgsvc.cluster.rendezvous import ranked
 from imgsvc.errors import Conflict, ImgsvcError, NotFound
 from imgsvc.images.store import ImageStore, is_stored
-from imgsvc.metadata.image import Status
+from imgsvc.metadata.image import Image, Status
 from imgsvc.metadata.mirror import Known, Mirror
 
 # Seconds between two looks at the disk.
@@ -39,9 +39,11 @@ log = structlog.get_logger()
 class Droppers(Protocol):
     """The part of a `MetadataStore` that this needs."""
 
+    def get(self, image_id: str) -> Image: ...
+
     def drop_copy(self, image_id: str, keep: Collection[str]) -> bool: ...
 
-    def hold(self, image_id: str) -> None: ...
+    def hold(self, image: Image) -> None: ...
 
     def release(self, image_id: str) -> None: ...
 
@@ -205,7 +207,7 @@ class Cache:
         for image_id in tuple(self._unnoted):
             with contextlib.suppress(NotFound, Conflict):
                 self._images.size(image_id)
-                self._records.hold(image_id)
+                self._records.hold(self._records.get(image_id))
             self._unnoted.discard(image_id)
 
     def _step(self) -> int:

@@ -45,34 +45,35 @@ class Follower:
     def wait(self, offset: int, length: int, wake: Callable[[], None]) -> None:
         if self._pull is None:
             self._pull = self._join()
-        passed_on = self._pull.course.passed_on
-        if passed_on is not None and self._relay is None and (self._file is None or offset >= passed_on.position):
+        course = self._pull.course
+        passed_on = course.passed_on
+        # Nothing follows what was read of another attempt: `arrived` says so.
+        good = self._attempt in (None, course.attempt)
+        if passed_on is not None and good and not self._relay and (not self._file or offset >= passed_on.position):
             whole = self._in_order == offset == passed_on.position
             self._relay = self._make_relay(offset, passed_on.digest if whole else None)
         if self._relay is None:
-            self._pull.course.wait(self, offset, self._attempt, wake)
+            course.wait(self, offset, self._attempt, wake)
         else:
             self._relay.wait(offset, length, wake)
 
     def read(self, offset: int, length: int) -> bytes:
         if self._relay is not None:
             return self._relay.read(offset, length)
-        length = min(length, self.arrived(offset))
         block = b""
 
-        def read(file: ImageReader) -> int:
+        def read(file: ImageReader, there: int) -> int:
             nonlocal block
-            block = file.read(offset, length)
+            block = file.read(offset, there)
             return len(block)
 
-        self._of_attempt(offset, read)
+        self._of_attempt(offset, length, read)
         return block
 
     def send(self, descriptor: int, offset: int, length: int) -> int:
         if self._relay is not None:
             return self._relay.send(descriptor, offset, length)
-        length = min(length, self.arrived(offset))
-        return self._of_attempt(offset, lambda file: file.send(descriptor, offset, length)) if length else 0
+        return self._of_attempt(offset, length, lambda file, there: file.send(descriptor, offset, there))
 
     def close(self) -> None:
         if self._pull is not None:
@@ -81,18 +82,23 @@ class Follower:
             if reader is not None:
                 reader.close()
 
-    def _of_attempt(self, offset: int, take: Callable[[ImageReader], int]) -> int:
-        """How many bytes were taken from the file: none when there is no file any more."""
+    def _of_attempt(self, offset: int, length: int, take: Callable[[ImageReader, int], int]) -> int:
+        """How many bytes were taken of those, up to `length`, that have arrived in the file: none when there is no
+        file any more."""
         assert self._pull is not None  # noqa: S101 - anything else is a mistake of ours
         course = self._pull.course
+        # Before anything else: what has arrived of one attempt says nothing of the next.
         attempt = self._attempt or course.attempt
+        there = min(length, self.arrived(offset))
+        if not there:
+            return 0
         try:
             file = self._file = self._file or course.open()
         except Unavailable:
             if course.passed_on is None:
                 raise
             return 0
-        count = take(file)
+        count = take(file, there)
         if count:
             self._attempt = attempt
             if offset == self._in_order:

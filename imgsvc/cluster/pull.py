@@ -168,6 +168,9 @@ class Pull:
     def _begin_anew(self, writer: ImageWriter, found: str) -> None:
         """Also those who gave what was right are to look: nobody knows who gave what was not."""
         givers, self._givers = self._givers, {}
+        self._digest = hashlib.sha256()
+        # Before anything that may fail: who follows must not get the last of these bytes, whatever comes now.
+        self.course.begin_anew()
         self._supply.accuse(givers.values(), self.image)
         if self._attempts == _ATTEMPTS or not givers:
             raise PeerFailed(f"the bytes have the SHA-256 {found}, and were to have {self.image.sha256}")
@@ -176,8 +179,6 @@ class Pull:
             for member in givers.values():
                 self._supply.choice.failed(member)  # other pulls begin with another one
         self._attempts += 1
-        self._digest = hashlib.sha256()
-        self.course.begin_anew()
         writer.truncate(0)
 
     def _bring(self, writer: ImageWriter) -> None:

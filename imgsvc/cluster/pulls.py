@@ -18,10 +18,10 @@ from imgsvc.cluster.relay import Relay
 from imgsvc.cluster.supply import Supply
 from imgsvc.errors import Conflict, Elsewhere, ImgsvcError, NotFound, Stopping, Unavailable
 from imgsvc.images.store import ImageReader, ImageStore, is_stored
-from imgsvc.metadata.image import Image, Status
+from imgsvc.metadata.image import Image
 from imgsvc.metadata.store import MetadataStore
 from imgsvc.room import Room
-from imgsvc.settlements import Settlements
+from imgsvc.settlements import Settlements, note_copy
 from imgsvc.throttle import Throttle
 from imgsvc.transfers import Transfers
 
@@ -39,6 +39,7 @@ _KEPT_NOTHING = 1.0
 _PATIENCE = 5.0
 # Seconds between two looks at whether the service stops.
 _LOOK = 0.25
+_OTHER_BYTES = "other bytes of the image are still on their way here"
 
 log = structlog.get_logger()
 
@@ -132,6 +133,8 @@ class Pulls:
                 mine = pull is None
                 if pull is None:
                     pull = self._running[image.id] = self._made(image, throttle, background=True)
+                elif pull.image.sha256 != image.sha256:
+                    raise Unavailable(_OTHER_BYTES)
             if mine:
                 self._run(pull)
             elif throttle is None:
@@ -195,7 +198,11 @@ class Pulls:
     def _join(self, image: Image) -> Pull:
         with self._lock:
             pull = self._running.get(image.id)
-            if pull is None:
+            if pull is not None and pull.image.sha256 != image.sha256:
+                # It is about to be ended: its record has changed.
+                pull = self._made(image)
+                pull.cancel(Unavailable(_OTHER_BYTES))
+            elif pull is None:
                 pull = self._running[image.id] = self._made(image)
                 try:
                     self._threads.submit(self._run, pull)
@@ -246,21 +253,21 @@ class Pulls:
     def _note(self, image: Image) -> None:
         """That the image is here now; unless it is not that image any more, and then its bytes go."""
         try:
-            self._records.hold(image.id)
-            _require_same(self._records.get(image.id), image)
+            note_copy(self._records, self._images, image)
         except (NotFound, Conflict):
             self._unnoted.pop(image.id, None)
-            with contextlib.suppress(NotFound):
-                self._records.release(image.id)
             self._images.delete(image.id)
             raise
         self._unnoted.pop(image.id, None)
 
     def _is_stored(self, image: Image) -> bool:
-        """With its very bytes, on record or not."""
+        """With its very bytes, on record or not. What this disk does not give may come from another member."""
         try:
-            return self.has_brought(image) and self._images.size(image.id) == image.size
-        except NotFound:
+            if not self.has_brought(image):
+                return False
+            with contextlib.closing(self._images.open(image.id)) as reader:
+                return reader.size == image.size
+        except (NotFound, Unavailable):
             return False
 
     def _is_here(self, image: Image) -> bool:
@@ -287,8 +294,3 @@ class Pulls:
     def _require_open(self) -> None:
         if self._no_copies.is_set():
             raise Stopping("the service is stopping")
-
-
-def _require_same(stored: Image, image: Image) -> None:
-    if stored.status is not Status.COMPLETE or stored.sha256 != image.sha256:
-        raise Conflict("the image has other bytes by now")

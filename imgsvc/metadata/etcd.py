@@ -29,9 +29,9 @@ from imgsvc.metadata.etcd_keys import ImageKeys, Transacted, named_records
 from imgsvc.metadata.etcd_transfers import Leases, OwnTransfers, document_of
 from imgsvc.metadata.etcd_watch import Follower
 from imgsvc.metadata.go_program import taken_over
-from imgsvc.metadata.image import Image, ImageType, Status, is_id
+from imgsvc.metadata.image import Image, ImageType, is_id
 from imgsvc.metadata.mirror import Known, Mirror
-from imgsvc.metadata.store import Entry, Member
+from imgsvc.metadata.store import Entry, Member, require_same
 
 _T = TypeVar("_T")
 
@@ -194,17 +194,16 @@ class EtcdMetadataStore:
                 return image
         raise NotFound(f"there is no image {image_id}")
 
-    def hold(self, image_id: str) -> None:
+    def hold(self, image: Image) -> None:
         """A record that came from elsewhere gets its source claim here."""
         for _ in range(_ATTEMPTS):
-            found = self._find(image_id)
-            image, record = self._image(found), self._layout.record(image_id)
-            if image.status is not Status.COMPLETE:
-                raise Conflict(f"image {image_id} is not complete any more")
-            held = [self._transfers.holding(image_id), *self._claiming(image)]
-            if self._keys.transact(image_id, [modified_at(record, image.revision)], held).succeeded:
+            stored = self._image(self._find(image.id))
+            require_same(stored, image)
+            record = self._layout.record(image.id)
+            held = [self._transfers.holding(image.id), *self._claiming(stored)]
+            if self._keys.transact(image.id, [modified_at(record, stored.revision)], held).succeeded:
                 return
-        raise Unavailable(f"image {image_id} is written all the time")
+        raise Unavailable(f"image {image.id} is written all the time")
 
     def release(self, image_id: str) -> None:
         self._keys.delete(image_id, self._layout.replica(image_id, self._member.id))

@@ -21,7 +21,7 @@ class Copies:
     """The notes are compared themselves, as they leave the record's revision alone: those of others, and this member's
     own, so that a request which arrives late does not take away what a new copy has noted."""
 
-    def __init__(self, keys: ImageKeys, layout: Layout, me: str, hold: Callable[[str], None]) -> None:
+    def __init__(self, keys: ImageKeys, layout: Layout, me: str, hold: Callable[[Image], None]) -> None:
         self._keys = keys
         self._layout = layout
         self._me = me
@@ -42,8 +42,8 @@ class Copies:
             return done.succeeded
         # An attempt whose answer was lost has taken the note away.
         if not others <= set(done.found.replicas):
-            with contextlib.suppress(NotFound):
-                self._hold(image_id)
+            with contextlib.suppress(NotFound, Conflict, ValueError):
+                self._hold(found.image())
             return False
         return True
 

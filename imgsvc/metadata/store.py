@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from imgsvc.errors import NoSpace, Unavailable
-from imgsvc.metadata.image import Image, ImageType
+from imgsvc.errors import Conflict, NoSpace, Unavailable
+from imgsvc.metadata.image import Image, ImageType, Status
 
 # Looks at who else holds one image; more in a row is no accident.
 _ATTEMPTS = 20
@@ -120,9 +120,9 @@ class MetadataStore(Protocol):
     def delete(self, image_id: str) -> Image:
         """Removes record, source claim, owner and holders in one step, and returns the image as it was."""
 
-    def hold(self, image_id: str) -> None:
+    def hold(self, image: Image) -> None:
         """Notes, in a store that members share, that this member holds the complete image's bytes; may be repeated.
-        Raises Conflict when the image is not complete any more, as it may come to have other bytes."""
+        Raises Conflict when the record is not complete, or has another digest: of other bytes, then."""
 
     def release(self, image_id: str) -> None:
         """Takes that note away; may be repeated, and does not mind a record that is gone."""
@@ -170,3 +170,11 @@ def let_go(records: MetadataStore, image_id: str, me: str) -> bool:
         except NoSpace:
             return False  # others cannot drop theirs either
     raise Unavailable(f"copies of image {image_id} come and go all the time")
+
+
+def require_same(stored: Image, image: Image) -> None:
+    """Raises Conflict unless what is stored is complete, and has the bytes of this image, as far as its digest says."""
+    if stored.status is not Status.COMPLETE:
+        raise Conflict(f"image {image.id} is not complete any more")
+    if stored.sha256 != image.sha256:
+        raise Conflict(f"image {image.id} has other bytes by now")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 from imgsvc.errors import Conflict
 from imgsvc.metadata.image import Image, Status
-from imgsvc.metadata.store import Entry, Member
+from imgsvc.metadata.store import Entry, Member, require_same
 
 
 class Unshared:
@@ -50,8 +50,8 @@ class Unshared:
         self.get(image_id)
         return ""
 
-    def hold(self, image_id: str) -> None:
-        self.get(image_id)
+    def hold(self, image: Image) -> None:
+        require_same(self.get(image.id), image)
 
     def release(self, image_id: str) -> None:
         """There is nobody else who could hold a complete image."""

@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import hashlib
 import json
+import threading
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
@@ -16,7 +17,7 @@ from tornado.httpserver import HTTPServer
 
 from imgsvc.metadata.image import Image, ImageType, new_id
 from tests.api.conftest import Service
-from tests.api.test_streaming import MIB, connected
+from tests.api.test_streaming import MIB, connected, until
 from tests.flaky import LOST
 from tests.images.helpers import put
 
@@ -68,6 +69,21 @@ WHOLE = {
 }
 
 
+@pytest.mark.gen_test
+async def test_the_loop_closes_no_file(ask: Asking, service: Service) -> None:
+    """It may be the last one of a deleted image, all blocks of which are freed then."""
+    closed_by: list[str] = []
+
+    def plan(_number: int, name: str) -> None:
+        if name == "close":
+            closed_by.append(threading.current_thread().name)
+
+    service.faults.plan = plan
+    assert (await ask()).code == 200
+    await until(lambda: bool(closed_by))
+    assert [name.partition("_")[0] for name in closed_by] == ["reads"]
+
+
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.gen_test
 async def test_whole(ask: Asking, method: str) -> None:
@@ -82,6 +98,7 @@ async def test_range(ask: Asking) -> None:
     """206 has exactly these bytes, their place, and the digest of the whole; the log counts what was sent."""
     with capture_logs() as logged:
         answer = await ask(Range="bytes=10-19")
+        await until(lambda: any(line["event"] == "request" for line in logged))
     part = {"Content-Length": "10", "Content-Range": "bytes 10-19/256"}
     assert (answer.code, described(answer)) == (206, WHOLE | part)
     assert answer.body == BODY[10:20]

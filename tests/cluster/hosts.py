@@ -64,8 +64,11 @@ class Host:
     def drop_copy(self, image_id: str, keep: Collection[str]) -> bool:
         return self._hosts.drop(image_id, self.id, keep)
 
-    def hold(self, image_id: str) -> None:
-        self._hosts.hold(image_id, self.id)
+    def get(self, image_id: str) -> Image:
+        return self._hosts.known(image_id).image
+
+    def hold(self, image: Image) -> None:
+        self._hosts.hold(image.id, self.id)
 
     def release(self, image_id: str) -> None:
         self._hosts.drop(image_id, self.id, ())

@@ -178,7 +178,7 @@ def test_two_that_rely_on_each_other(etcd: EtcdCluster, etcd_prefix: str) -> Non
         images = [new_id() for _ in range(10)]
         for image_id in images:
             stores[0].update(stores[0].create(Image(image_id, ImageType.KVM)).completed(SIZE, "00" * 32))
-            stores[1].hold(image_id)
+            stores[1].hold(stores[1].get(image_id))
             for disk in disks:
                 disk.mark("these")
                 put(disk, image_id, bytes(SIZE))

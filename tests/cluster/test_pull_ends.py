@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from imgsvc.errors import Conflict, ImgsvcError, Stopping
+from imgsvc.errors import Conflict, ImgsvcError, Stopping, Unavailable
 from imgsvc.metadata.image import ImageType, Status
 from tests.cluster.members import MIB, Members, check_not_kept, some
 from tests.images.helpers import content
@@ -27,7 +27,7 @@ def test_deleted(members: Members) -> None:
     check_not_kept(members, image.id)
 
 
-@pytest.mark.parametrize("call", ["commit", "hold", "get"])
+@pytest.mark.parametrize("call", ["commit", "hold"])
 def test_deleted_at_the_end(members: Members, call: str) -> None:
     """However late: nothing of it stays."""
     body = some(MIB)
@@ -45,10 +45,32 @@ def test_fetched_again_meanwhile(members: Members) -> None:
     image = members.image(body)
     members.serve(image, body)
     other = dataclasses.replace(image, sha256="0" * 64)
-    members.one.faults.at("hold", 1, lambda: members.one.base.update(other))
+
+    def fetch() -> None:
+        """By another member."""
+        members.records.update(other)
+        members.records.release(image.id)
+
+    members.one.faults.at("hold", 1, fetch)
     with pytest.raises(Conflict):
         members.one.pulls.copy(image)
     check_not_kept(members, image.id)
+
+
+def test_other_bytes_on_their_way(members: Members) -> None:
+    """Nobody follows a pull of what the image was before it was fetched again."""
+    body = some(MIB)
+    image = members.image(body)
+    other = members.serve(image, Resource(body, stall_after=MIB // 2))
+    before = members.read(image)
+    wait_until(lambda: len(before.body) == MIB // 2)
+    now = dataclasses.replace(image, sha256="0" * 64)
+    with pytest.raises(Unavailable, match="other bytes"):
+        members.read(now).whole()
+    with pytest.raises(Unavailable, match="other bytes"):
+        members.one.pulls.copy(now)
+    members.resources[other].resume()
+    assert before.whole() == body
 
 
 def test_the_service_stops(members: Members) -> None:

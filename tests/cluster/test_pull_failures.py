@@ -123,3 +123,20 @@ def test_wrong_bytes_everywhere(members: Members) -> None:
         members.read(image).whole()
     check_not_kept(members, image.id)
     assert [len(members.asked(image, member)) for member in ("a", "b")] == [1, 1]
+
+
+def test_wrong_bytes_and_nobody_can_be_told(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else goes wrong meanwhile, nobody has all of them."""
+    image = members.image(some(2 * MIB))
+    wrong = some(2 * MIB)
+    members.serve(image, Resource(wrong, keep=True))
+
+    def accuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(members.one.supply, "accuse", accuse)
+    reader = members.read(image)
+    with pytest.raises(Unavailable):
+        reader.whole()
+    assert wrong[:-HELD_BACK].startswith(reader.body)
+    check_not_kept(members, image.id)

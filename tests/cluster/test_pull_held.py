@@ -8,7 +8,7 @@ import pytest
 
 from imgsvc.errors import Elsewhere, Unavailable
 from tests.cluster.members import MIB, Members, Reading, check_kept, some
-from tests.flaky import LOST
+from tests.flaky import DAMAGED, LOST, UNKNOWN
 from tests.images.helpers import content, put
 from tests.rooms import wait_until
 from tests.source import Resource
@@ -26,6 +26,32 @@ def test_records_away_at_the_end(members: Members) -> None:
     members.one.faults.heal()
     members.one.settlements.retry()
     check_kept(members, image.id, body)
+
+
+def test_dropped_before_it_is_on_record(members: Members) -> None:
+    """A note that is made late, for its first answer was lost, vouches for nothing that is not here any more."""
+    body = some(MIB)
+    image = members.image(body)
+    other = members.serve(image, body)
+    members.one.faults.next("hold", UNKNOWN)
+    with pytest.raises(Unavailable):
+        members.one.pulls.copy(image)
+    members.records.release(image.id)
+    members.one.disk.delete(image.id)
+    members.one.settlements.retry()
+    assert members.records.holding[image.id] == {other}
+
+
+@pytest.mark.parametrize("faulty", [["open"], ["open", "size", "space", "writer"]], ids=["file", "disk"])
+def test_a_disk_that_gives_nothing(members: Members, faulty: list[str]) -> None:
+    """What is on record here comes from others."""
+    body = some(MIB)
+    image = members.image(body)
+    members.serve(image, Resource(body, keep=True))
+    put(members.one.disk, image.id, body)
+    members.hold(image, members.one.disk.member)
+    members.one.faults.always(*faulty, fault=DAMAGED)
+    assert Reading(members.one.service.open(image.id)[1]).whole() == body
 
 
 def test_read_before_it_is_on_record(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:

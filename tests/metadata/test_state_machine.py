@@ -154,12 +154,12 @@ class MetadataMachine(RuleBasedStateMachine):
     def hold(self, state: Image) -> None:
         self.last_update = None  # repeating it may or may not decide again who holds
         current = self.images.get(state.id)
-        if current is not None and (current.status is Status.COMPLETE or not self.shared):
-            self.store.hold(state.id)
+        if current is not None and current.status is Status.COMPLETE and current.sha256 == state.sha256:
+            self.store.hold(state)
             self.held.add(state.id)
         else:
             with pytest.raises(NotFound if current is None else Conflict):
-                self.store.hold(state.id)
+                self.store.hold(state)
 
     @rule(state=states)
     def release(self, state: Image) -> None:

@@ -43,8 +43,8 @@ class TestRepeating:
         store.release(current.id)
         store.release(current.id)
         assert entry(store, current.id).here is not kind.shared
-        store.hold(current.id)
-        store.hold(current.id)
+        store.hold(current)
+        store.hold(current)
         assert entry(store, current.id).here
 
 

@@ -94,7 +94,7 @@ class TestFailures:
     def test_hold_of_a_missing_image(self, store: MetadataStore) -> None:
         """Nobody can hold, and nobody is asked who holds, what is not there; letting go of it is fine."""
         with pytest.raises(NotFound):
-            store.hold(new_id())
+            store.hold(image())
         with pytest.raises(NotFound):
             store.holders(new_id())
         store.release(new_id())

@@ -38,7 +38,7 @@ class TestSurroundings:
     def test_holding_is_no_change_of_the_record(self, store: MetadataStore) -> None:
         """A note of who holds leaves the revision alone: whoever read the record can still update it."""
         created = store.update(store.create(image()).completed(1, "ab"))
-        store.hold(created.id)
+        store.hold(created)
         store.release(created.id)
         store.update(created.failed("an update of what was created"))
 

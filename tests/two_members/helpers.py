@@ -44,14 +44,14 @@ def held_by_both(one: Rooms, two: Rooms, body: bytes) -> Image:
     """At two its bytes are these."""
     image = complete(one)
     put(two.disk, image.id, body)
-    two.base.hold(image.id)
+    two.base.hold(image)
     return one.base.get(image.id)
 
 
 def pulled(host: Rooms, image: Image) -> None:
     """What the end of a pull does."""
     put(host.disk, image.id, BODY)
-    host.base.hold(image.id)
+    host.base.hold(image)
 
 
 def read_all(host: Rooms) -> None:

@@ -26,7 +26,7 @@ def test_a_copy_that_comes_while_the_last_one_is_condemned(hosts: list[Rooms], f
     image = complete(one)
     one.disk.delete(image.id)
     put(two.disk, image.id, BODY)
-    before_writing(one, image.id, lambda: two.base.hold(image.id))
+    before_writing(one, image.id, lambda: two.base.hold(image))
     find(one)
     found = one.base.get(image.id)
     assert (found.status, found.replicas) == (Status.COMPLETE, (member_of(two),))
@@ -40,7 +40,7 @@ def test_two_that_lose_it_at_once(
     """Neither relies on the other: the image is in error, and can be fetched again."""
     one, two = hosts
     image = complete(one)
-    two.base.hold(image.id)
+    two.base.hold(image)
     one.disk.delete(image.id)
     before_writing(one, image.id, lambda: other(two))
     find(one)
@@ -56,7 +56,7 @@ def test_a_copy_that_comes_back_while_it_is_scrubbed(hosts: list[Rooms], *, earl
     one, two = hosts
     image = complete(one)
     if others:
-        two.base.hold(image.id)
+        two.base.hold(image)
     assert isinstance(one.disk, MemoryImageStore)
     one.disk._images[image.id][:1] = b"T"
     if early:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 
 import pytest
 
 from imgsvc.errors import ConfigError, ImgsvcError, PeerFailed, Unavailable
 from imgsvc.images.memory import MemoryImageStore
-from imgsvc.metadata.image import Status
+from imgsvc.metadata.image import Image, Status
 from tests.harness import wait_for
-from tests.images.helpers import put
+from tests.images.helpers import content, put
 from tests.left_behind import BODY, complete
 from tests.rooms import Rooms
-from tests.two_members.helpers import end_ownership, left_by_a_fetch, member_of, scrub, sweep
+from tests.two_members.helpers import end_ownership, left_by_a_fetch, member_of, read_all, scrub, sweep
+
+OTHERS = bytes(len(BODY))
 
 
 def test_bytes_without_a_note_are_not_served_unseen(hosts: list[Rooms]) -> None:
@@ -52,6 +55,59 @@ def test_a_copy_is_wanted_where_there_are_bytes_without_a_note(hosts: list[Rooms
     else:
         with pytest.raises(PeerFailed):  # nobody is live in its mirror here
             two.pulls.copy(image)
+
+
+def changed(host: Rooms, image: Image) -> Image:
+    """Its bytes were lost and it was fetched again, as others of the same size; the host has these."""
+    store = host.base
+    anew = store.update(store.update(store.get(image.id).failed("it rotted")).requeued()).started(len(OTHERS))
+    return store.update(store.update(anew).completed(len(OTHERS), hashlib.sha256(OTHERS).hexdigest()))
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_an_image_that_is_fetched_again_elsewhere_while_it_is_read(hosts: list[Rooms], *, right: bool) -> None:
+    """What was read is held against the record as it is by then."""
+    one, two = hosts
+    image = complete(one)
+    put(two.disk, image.id, BODY if right else OTHERS)
+    two.faults.at("read", 1, lambda: changed(one, image))
+    two.digests.submit(image.id, doubted=True)
+    read_all(two)
+    assert one.base.get(image.id).replicas == tuple(sorted({member_of(one)} | (set() if right else {member_of(two)})))
+    assert list(two.disk.quarantined()) == ([image.id] if right else [])
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_an_image_that_is_fetched_again_here_while_it_is_read(hosts: list[Rooms], *, others: bool) -> None:
+    """What comes in its place stays, and its note."""
+    one, two = hosts
+    image = complete(one)
+    put(two.disk, image.id, BODY.upper())
+
+    def fetch() -> None:
+        two.disk.delete(image.id)
+        put(two.disk, image.id, OTHERS)
+        found = changed(two, image)
+        if others:
+            one.base.hold(found)
+
+    two.faults.at("read", 1, fetch)
+    two.digests.submit(image.id, doubted=True)
+    read_all(two)
+    assert member_of(two) in (one.base.get(image.id).replicas or ())
+    assert content(two.disk, image.id) == OTHERS
+    assert list(two.disk.quarantined()) == []
+
+
+def test_a_copy_that_goes_while_it_is_read(hosts: list[Rooms]) -> None:
+    """Right as it was, nobody may count on it."""
+    one, two = hosts
+    image = complete(one)
+    put(two.disk, image.id, BODY)
+    two.faults.at("read", 1, lambda: two.disk.delete(image.id))
+    two.digests.submit(image.id, doubted=True)
+    read_all(two)
+    assert one.base.get(image.id).replicas == (member_of(one),)
 
 
 def test_an_image_that_was_brought_here_and_is_condemned_meanwhile(hosts: list[Rooms]) -> None:

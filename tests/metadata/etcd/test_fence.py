@@ -234,7 +234,7 @@ class TestHolding:
         complete = one.store.update(begun(one).completed(9, "ab"))
         one.store.update(LATE[change](complete))
         with pytest.raises(Conflict):
-            two.store.hold(complete.id)
+            two.store.hold(complete)
         assert two.keys(complete.id).replicas == ()
 
     def test_a_note_does_not_outlive_the_bytes(self, hosts: list[Host]) -> None:
@@ -348,7 +348,7 @@ class TestExpecting:
 class TestDroppingCopies:
     def held(self, hosts: list[Host]) -> Image:
         held = hosts[0].store.update(begun(hosts[0]).completed(1, "ab"))
-        hosts[1].store.hold(held.id)
+        hosts[1].store.hold(held)
         return held
 
     def test_two_at_once(self, hosts: list[Host]) -> None:
@@ -384,7 +384,7 @@ class TestDroppingCopies:
         proxy = opened.enter_context(closing(LossyProxy(etcd.endpoints[0])))
         one = opened.enter_context(closing(Host([proxy.url, *etcd.endpoints], etcd_prefix, attempt_timeout=0.5)))
         held = hosts[0].store.update(begun(hosts[0]).completed(1, "ab"))
-        one.store.hold(held.id)
+        one.store.hold(held)
         proxy.lose_answers()
         assert one.store.drop_copy(held.id, [hosts[0].member.id])
         assert hosts[0].store.get(held.id).replicas == (hosts[0].member.id,)
@@ -394,10 +394,10 @@ class TestDroppingCopies:
         proxy = opened.enter_context(closing(LossyProxy(etcd.endpoints[0])))
         one = opened.enter_context(closing(Host([proxy.url, *etcd.endpoints], etcd_prefix, attempt_timeout=0.5)))
         held = hosts[0].store.update(begun(hosts[0]).completed(1, "ab"))
-        one.store.hold(held.id)
+        one.store.hold(held)
         proxy.delay(f"/replicas/{hosts[0].member.id}".encode())
         assert one.store.drop_copy(held.id, [hosts[0].member.id])
-        one.store.hold(held.id)
+        one.store.hold(held)
         proxy.deliver()
         time.sleep(0.5)
         assert one.member.id in (hosts[0].store.get(held.id).replicas or ())

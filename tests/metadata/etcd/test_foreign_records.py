@@ -73,7 +73,7 @@ class TestForeignRecords:
     def test_holding_claims(self, store: OwnedEtcdStore, member: Member, raw: Raw) -> None:
         """Who holds it says so, and claims its source."""
         image_id = from_go(raw, source=SOURCE)
-        store.hold(image_id)
+        store.hold(store.get(image_id))
         assert f"/images/{image_id}/replicas/{member.id}" in raw.all()
         assert store.get_by_source(SOURCE).id == image_id
         assert entry(store, image_id).here

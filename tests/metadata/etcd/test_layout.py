@@ -62,7 +62,7 @@ class TestLayout:
     def test_an_image_in_error(self, store: OwnedEtcdStore, other: OwnedEtcdStore, raw: Raw) -> None:
         """It keeps its record and its claim, and has neither owner nor holder, whoever held it."""
         current = store.update(store.create(image(SOURCE)).completed(1, "ab"))
-        other.hold(current.id)
+        other.hold(current)
         current = store.update(current.failed("lost"))
         assert raw.all() == {
             f"/images/{current.id}/metadata": stored_document(current),

@@ -72,7 +72,7 @@ class TestOwnWrites:
             assert kept.replicas == (store.member.id,)
             store.delete(gone.id)
             added = store.create(image())
-            other.hold(kept.id)
+            other.hold(kept)
             for _ in range(2):
                 held = store.get(kept.id)
                 assert listed(store) == sorted([held, added], key=lambda image: image.id)

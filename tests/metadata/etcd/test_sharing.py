@@ -50,7 +50,7 @@ class TestSharing:
     def test_holders(self, store: OwnedEtcdStore, other: OwnedEtcdStore, raw: Raw) -> None:
         """Another member is named with its address: the present one if it runs, else that of its note."""
         held = store.update(store.create(image()).completed(1, "ab"))
-        other.hold(held.id)
+        other.hold(held)
         gone = new_id()
         raw.put(f"/images/{held.id}/replicas/{gone}", '{"url": "http://gone.example"}')
         unknown = new_id()
@@ -69,7 +69,7 @@ class TestSharing:
     def test_one_copy_of_two_is_lost(self, store: OwnedEtcdStore, other: OwnedEtcdStore) -> None:
         """The image stays, and the other's note; when that one is lost as well, the image is."""
         held = store.update(store.create(image()).completed(1, "ab"))
-        other.hold(held.id)
+        other.hold(held)
         failed = held.failed("it rotted")
         assert not store.lose_copy(failed, lambda: True)
         assert not store.lose_copy(failed, lambda: True)
@@ -80,7 +80,7 @@ class TestSharing:
     def test_copies_that_come_and_go_while_one_is_lost(self, store: OwnedEtcdStore, other: OwnedEtcdStore) -> None:
         """What is compared are the notes as they are when it is written."""
         held = store.update(store.create(image()).completed(1, "ab"))
-        changes = iter([partial(other.hold, held.id), partial(other.release, held.id), partial(other.hold, held.id)])
+        changes = iter([partial(other.hold, held), partial(other.release, held.id), partial(other.hold, held)])
 
         def meanwhile() -> bool:
             next(changes, lambda: None)()
@@ -96,13 +96,13 @@ class TestSharing:
         """Its new note stays."""
         held = store.update(store.create(image()).completed(1, "ab"))
         if others:
-            other.hold(held.id)
+            other.hold(held)
         looks: list[None] = []
 
         def is_gone() -> bool:
             """At the first look it is; then it comes."""
             looks.append(None)
-            store.hold(held.id)
+            store.hold(held)
             return len(looks) == 1
 
         with pytest.raises(Conflict):
