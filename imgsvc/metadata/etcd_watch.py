@@ -24,6 +24,7 @@ from imgsvc.etcd import Compacted, Etcd, Watch
 from imgsvc.etcd_layout import RECORD, Layout, end_of
 from imgsvc.etcd_messages import Change, Changes, KeyValue, Page, modified_at, put
 from imgsvc.etcd_scan import scan
+from imgsvc.metadata.etcd_count import NotedCount
 from imgsvc.metadata.etcd_deletions import Deletions
 from imgsvc.metadata.etcd_images import changed, grouped, read_member
 from imgsvc.metadata.etcd_keys import named_records
@@ -73,10 +74,9 @@ class Follower:
         self._asked = False
         self._identity: tuple[int, str] | None = None
         self._went_back = False
-        # How often it was noted how far the records have come: in etcd, too, where a backup has less. The name goes with
-        # the images, whatever their member is called.
+        # The name goes with the images, whatever their member is called.
         self._history = new_id()
-        self._count = self._tried = 0
+        self._count = NotedCount(etcd, layout.history(self._history), 0)
         self._go_on_from(position)
         self._trouble = ""
         self._threads = [
@@ -93,18 +93,14 @@ class Follower:
     def mark(self, last: str) -> str:
         """Which etcd is followed and how far, for the next run, unless that is `last`; etcd is told first that this is
         noted. "" before it is known. Raises Unavailable."""
-        with self._lock:
-            identity, count = self._identity, self._count
-        if identity is None or last == self._position(identity, count):
+        identity = self._identity
+        if identity is None or last == self._position(identity):
             return last
-        # An attempt whose answer is lost may have been stored, and be in a backup: the next one has a higher number.
-        self._tried = number = max(self._tried, count) + 1
-        self._etcd.transact([], [put(self._layout.history(self._history), str(number))], timeout=_ANSWER_SECONDS)
-        with self._lock:
-            if (identity, count) != (self._identity, self._count):
-                return last  # it is another one by now
-            self._count = number
-        return self._position(identity, number)
+        if not self._count.add():
+            self._start_anew()  # where this is found once more, and said
+            return last
+        # Else it is another one by now.
+        return self._position(identity) if identity == self._identity else last
 
     def wait_for_position(self) -> None:
         """Returns once it is known which etcd it is. Raises Unavailable when that takes long."""
@@ -202,8 +198,7 @@ class Follower:
         deleted. So its records get another name, to which no directory belongs that was filled with the lost ones, and
         nobody takes what is there for orphans."""
         first = named_records(self._etcd, self._layout, _ANSWER_SECONDS)
-        count = self._noted()
-        went_back = self._went_back or first.revision < newest or count < self._count
+        went_back = self._went_back or first.revision < newest or self._count.has_gone_back()
         if went_back and self._identity == _identity(first):
             log.error(
                 "etcd was restored from a backup: what was recorded since is lost", revision=first.revision, was=newest
@@ -211,25 +206,22 @@ class Follower:
             key, another = first.items[0], [put(self._layout.records, str(uuid.uuid4()))]
             self._etcd.transact([modified_at(key.key, key.modified)], another, timeout=_ANSWER_SECONDS)
             first = named_records(self._etcd, self._layout, _ANSWER_SECONDS)
-        self._count = count
+        if went_back:
+            self._count.forget()
         return first
-
-    def _noted(self) -> int:
-        """The count in etcd."""
-        found = self._etcd.range(self._layout.history(self._history), timeout=_ANSWER_SECONDS).items
-        return int(found[0].text) if found and found[0].text.isdecimal() else 0
 
     def _go_on_from(self, position: str) -> None:
         match position.split(" "):
             case [cluster, name, newest, history, count] if newest.isdecimal() and count.isdecimal() and is_id(history):
                 with contextlib.suppress(ValueError):  # it is damaged
                     self._identity = (int(cluster, 16), name)
-                    self._history, self._count = history, int(count)
+                    self._history = history
+                    self._count = NotedCount(self._etcd, self._layout.history(history), int(count))
                     self._mirror.reached(int(newest))
 
-    def _position(self, identity: tuple[int, str], count: int) -> str:
+    def _position(self, identity: tuple[int, str]) -> str:
         cluster, name = identity
-        return f"{cluster:x} {name} {self._mirror.newest} {self._history} {count}"
+        return f"{cluster:x} {name} {self._mirror.newest} {self._history} {self._count.number}"
 
     def _scan(self, start: str, revision: int) -> Iterator[KeyValue]:
         for item in scan(self._etcd, start, revision=revision, timeout=_PAGE_SECONDS):
@@ -239,8 +231,7 @@ class Follower:
 
     def _follow(self, at: int) -> None:
         """One watch, to its end. What it would follow may have been restored since the last one, and gone on."""
-        if self._noted() < self._count:
-            self._went_back = True
+        if self._count.has_gone_back():
             self._start_anew()
             return
         watch = self._etcd.watch(self._layout.members, end_of(self._layout.images), at + 1)

@@ -17,12 +17,14 @@ from imgsvc.metadata.store import Member
 class OwnedEtcdStore(EtcdMetadataStore):
     """As one `member` has it; its `close` also closes its `membership` and its `etcd`."""
 
-    def __init__(self, etcd: Etcd, prefix: str, member: Member, ttl: int = LEASE_SECONDS) -> None:
+    def __init__(
+        self, etcd: Etcd, prefix: str, member: Member, ttl: int = LEASE_SECONDS, *, position: str = ""
+    ) -> None:
         self.etcd = etcd
         self.member = member
         self.membership = Membership(etcd, prefix, ThisMember(member, MemoryImageStore()), seat=member.site, ttl=ttl)
         self.mirror = Mirror()
-        super().__init__(etcd, prefix, member, self.membership, self.mirror)
+        super().__init__(etcd, prefix, member, self.membership, self.mirror, position=position)
 
     def close(self) -> None:
         super().close()
