@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from imgsvc.errors import ConfigError
+from imgsvc.foreign import read_json
 from imgsvc.settings import (
     SETTINGS,
     VARIABLE_PREFIX,
@@ -134,10 +135,10 @@ def _json(text: str, file: Path) -> dict[str, Any]:
         return document
 
     try:
-        document = json.loads(text, object_pairs_hook=unique)
+        document = read_json(text, unique)
     except json.JSONDecodeError as error:
         raise ConfigError(f"the config file {file} is not JSON: {error.msg} (at line {error.lineno})") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets as deep
+    except ValueError as error:  # a number of thousands of digits, or brackets as deep
         raise ConfigError(f"the config file {file} is not JSON that can be read: {error}") from error
     if not isinstance(document, dict):
         raise ConfigError(f"the config file {file} is not a JSON object")

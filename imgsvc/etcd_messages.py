@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from imgsvc.foreign import read_json
 
 # etcd3's generated code is older than what protobuf's compiled parser accepts; the one in pure Python still takes it.
 # It is chosen when protobuf is first imported, so nothing else in this program may import that.
@@ -40,8 +41,8 @@ class KeyValue:
     def document(self) -> dict[str, Any]:
         """The JSON object that the value is; an empty one when another program has written something else."""
         try:
-            found = json.loads(self.value)
-        except (ValueError, RecursionError):
+            found = read_json(self.value)
+        except ValueError:
             return {}
         return found if isinstance(found, dict) else {}
 

@@ -16,6 +16,7 @@ from concurrent.futures import Executor
 
 from imgsvc.blocks import BLOCK
 from imgsvc.errors import Unavailable
+from imgsvc.foreign import read_json
 from imgsvc.images.store import ImageWriter
 
 # Seconds between two checkpoints: what a kill costs at most, besides the time for hashing again.
@@ -202,8 +203,8 @@ def _understood(notes: Iterable[str]) -> tuple[Origin | None, Mapping[int, str],
     checkpoints: dict[int, str] = {}
     for note in notes:
         try:
-            read = json.loads(note)
-        except (ValueError, RecursionError):
+            read = read_json(note)
+        except ValueError:
             continue  # what a loss of power left of it
         match read:
             case {"origin": dict(found), "mark": str(its)} if its == _mark(found):

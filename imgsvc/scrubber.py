@@ -14,6 +14,7 @@ from typing import Self
 import structlog
 
 from imgsvc.errors import ImgsvcError, Stopping
+from imgsvc.foreign import read_json
 from imgsvc.images.store import ImageStore
 from imgsvc.metadata.image import format_time, parse_time
 from imgsvc.metadata.store import MetadataStore
@@ -46,7 +47,7 @@ class Progress:
     def of_line(cls, line: str) -> Self | None:
         """None when it is not to be understood."""
         try:
-            match json.loads(line):
+            match read_json(line):
                 case {"began": str(began), "after": str(after), "done": bool(done)} if parse_time(began):
                     return cls(began, after, done)
         except ValueError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from http import HTTPStatus
@@ -15,6 +14,7 @@ from imgsvc.api.base import BaseHandler, own_error
 from imgsvc.api.digest_fields import announced_digest, digest_in_hex
 from imgsvc.api.upload import Upload
 from imgsvc.errors import ImgsvcError, Incomplete, Invalid
+from imgsvc.foreign import read_json
 from imgsvc.metadata.image import Image, ImageType
 from imgsvc.service import ImageService
 
@@ -174,8 +174,8 @@ def _wanted_copies(headers: HTTPHeaders) -> int:
 def _fetch_request(body: bytes) -> tuple[str, ImageType, str, str]:
     """Source, type, comment and expected digest out of a POST's body. Raises Invalid, which says what is wrong."""
     try:
-        document = json.loads(body)
-    except (ValueError, RecursionError) as error:
+        document = read_json(body)
+    except ValueError as error:
         raise Invalid("the body is not JSON") from error
     if not isinstance(document, dict):
         raise Invalid("the body is not a JSON object")

@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import hmac
 import http.client
-import json
 import math
 import re
 import ssl
@@ -20,6 +19,7 @@ import certifi
 
 from imgsvc.deadline import time_left
 from imgsvc.errors import Forbidden, Unavailable
+from imgsvc.foreign import read_json
 from imgsvc.metadata.mirror import LiveMember
 from imgsvc.values import is_name
 
@@ -162,6 +162,6 @@ def _named(member: LiveMember) -> str:
 def _message(body: bytes) -> str:
     """What our error document says, for a person; whatever else answers is quoted briefly."""
     try:
-        return str(json.loads(body)["message"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+        return str(read_json(body)["message"])
+    except (ValueError, KeyError, TypeError):
         return repr(body[:80].decode(errors="replace"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +14,7 @@ from imgsvc.cluster.choice import Choice
 from imgsvc.cluster.line import Head, Line
 from imgsvc.cluster.peers import Signatures
 from imgsvc.errors import ImgsvcError, PeerFailed
+from imgsvc.foreign import read_json
 from imgsvc.metadata.image import Image
 from imgsvc.metadata.mirror import LiveMember
 
@@ -200,6 +200,6 @@ def _said(line: Line, head: Head) -> str:
     document = bytearray(head.length)
     line.fill(memoryview(document))
     try:
-        return f": {json.loads(document)['message']}"
+        return f": {read_json(document)['message']}"
     except (ValueError, KeyError, TypeError):
         return ""

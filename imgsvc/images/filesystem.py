@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Self
 
 from imgsvc.errors import ConfigError, Conflict, NotFound, Unavailable
+from imgsvc.foreign import read_json
 from imgsvc.images.counting import Count
 from imgsvc.images.directory import Directory, write_all
 from imgsvc.images.files import NOTES, FileReader, FileWriter, disk_full, image_size, translated
@@ -341,7 +342,7 @@ class _Marker:
     @classmethod
     def parse(cls, text: bytes) -> Self:
         """Raises ValueError."""
-        match json.loads(text):
+        match read_json(text):
             case {"member": str(member), "records": str(records), **rest} if is_name(member):
                 # In the first markers the member's id was both.
                 return cls(member, records, str(rest.get("home", member)))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -12,7 +12,8 @@ import structlog
 
 from imgsvc.etcd_layout import CARRIER, OWNER, RECORD, REPLICAS, Layout, is_replica
 from imgsvc.etcd_messages import KeyValue
-from imgsvc.metadata.image import Image, ImageType, Status
+from imgsvc.foreign import read_json
+from imgsvc.metadata.image import LARGEST, Image, ImageType, Status, is_id
 from imgsvc.metadata.mirror import Carrier, Known, LiveMember, shared
 
 _SAMPLE = Image("", ImageType.KVM, expected_sha256="-").to_document()
@@ -67,7 +68,7 @@ class Found:
         return changed(None, self.id, self.parts)
 
     def image(self) -> Image:
-        """Raises ValueError when there is no record, or it is no image's, or another image's."""
+        """Raises ValueError when there is no record, or it is no image's, or another image's, or under what is no id."""
         if self.record is None:
             raise ValueError("it is not there")
         return dataclasses.replace(_read_record(self.id, self.record)[0], replicas=self.replicas)
@@ -126,10 +127,10 @@ def _read_record(image_id: str, item: KeyValue) -> tuple[Image, str]:
     """The image, and its document as `Image.to_json` writes it, or with the same keys in the same order: to write each
     anew would take most of the time of reading all. Raises ValueError."""
     text = item.value.decode()
-    document = json.loads(text)
+    document = read_json(text)
     image = Image.from_document(document, item.modified)
-    if image.id != image_id:
-        raise ValueError(f"it is of image {image.id}")
+    if image.id != image_id or not is_id(image_id):
+        raise ValueError(f"its id is {image.id!r}")
     ours = tuple(document) in _KEYS and text[0] == "{" and text[-1] == "}"
     return image, text if ours else image.to_json()
 
@@ -144,7 +145,8 @@ def read_carrier(item: KeyValue | None) -> Carrier | None:
     note = {} if item is None else item.document
     member, url, until = note.get("member"), note.get("url"), note.get("until")
     if isinstance(member, str) and isinstance(url, str) and isinstance(until, int | float):
-        return Carrier(member, url, float(until))
+        with contextlib.suppress(OverflowError):
+            return Carrier(member, url, float(until))
     return None
 
 
@@ -158,7 +160,8 @@ def read_member(member: str, item: KeyValue) -> LiveMember:
 
     def number(name: str) -> int | None:
         value = note.get(name)
-        return value if isinstance(value, int) and not isinstance(value, bool) else None
+        sound = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
+        return value if sound else None
 
     return LiveMember(
         id=member,

@@ -1,4 +1,4 @@
-"""The record of one image, its document form, and the steps that its status may take. Imports nothing of ours."""
+"""The record of one image, its document form, and the steps that its status may take."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Self
 
+from imgsvc.foreign import read_json
+
 UNKNOWN_SIZE = -1
+# What the programs that read records take for a number, and what can be reckoned with as one.
+LARGEST = 2**63 - 1
 # How the error of an image begins that was complete, and what a person may still find of it is worth a look.
 LOST = "the image was lost: "
 DAMAGED = "the image is damaged: "
@@ -167,7 +171,7 @@ class Image:
 
         Raises ValueError when it is none: not JSON, a key without which there is no image, or a value out of range.
         """
-        return cls.from_document(json.loads(text), revision)
+        return cls.from_document(read_json(text), revision)
 
     @classmethod
     def from_document(cls, document: object, revision: int = 0) -> Self:
@@ -229,4 +233,6 @@ def _integer(document: dict[str, Any], key: str) -> int:
     value = document.get(key, 0)
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{key} is not an integer")
+    if abs(value) > LARGEST:
+        raise ValueError(f"{key} is out of range")
     return value

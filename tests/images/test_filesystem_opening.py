@@ -58,6 +58,7 @@ def test_the_marker_outlives_the_process(directory: Path) -> None:
         b"{}",
         b'{"member": "not an id", "records": "r"}',
         b'{"member": 1, "records": "r"}',
+        pytest.param(b"[" * 5_000, id="lists"),
         b'{"member": "0b53a0a6-6c41-4f43-9d2c-6c0d2b2f9a11"}',
         b'{"member": "0b53a0a6-6c41-4f43-9d2c-6c0d2b2f9a11", "records": null}',
     ],

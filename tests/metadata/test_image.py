@@ -154,6 +154,8 @@ def test_no_time(text: str) -> None:
         {"size": 24.5},
         {"size": True},
         {"expected_size": []},
+        {"size": 2**63},
+        {"expected_size": -(2**63)},
         {"comment": 7},
         {"source": {}},
         {"download_start": 0},
@@ -179,7 +181,11 @@ def test_missing_key(key: str) -> None:
         Image.from_json(json.dumps(document))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "7", "null", '"text"', b"\xff\xfe\xfd"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "7", "null", '"text"', b"\xff\xfe\xfd", "[" * 5_000, '{"id":' * 5_000],
+    ids=lambda text: repr(text[:10]),
+)
 def test_no_document(text: str | bytes) -> None:
     """What is no JSON object is a ValueError."""
     with pytest.raises(ValueError):

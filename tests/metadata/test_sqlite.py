@@ -122,10 +122,11 @@ def unprivileged(directory: Path) -> Iterator[None]:
 
 
 class TestTrouble:
-    def test_unreadable_record(self, store: SqliteMetadataStore, filename: Path) -> None:
+    @pytest.mark.parametrize("document", ['{"id": 7}', "[" * 5_000], ids=["number", "lists"])
+    def test_unreadable_record(self, store: SqliteMetadataStore, filename: Path, document: str) -> None:
         """A record that somebody has spoilt is Unavailable under its id; lists go on without it."""
         spoilt, sound = store.create(image("http://a.example/")), store.create(image())
-        execute(filename, "UPDATE imgsvc_images SET document = '{\"id\": 7}' WHERE id = ?", spoilt.id)
+        execute(filename, "UPDATE imgsvc_images SET document = ? WHERE id = ?", document, spoilt.id)
         calls: list[Callable[[], object]] = [
             lambda: store.get(spoilt.id),
             lambda: store.get_by_source("http://a.example/"),
