@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Self, get_args
 
 from imgsvc.errors import ConfigError, Conflict, NotFound, Unavailable
 from imgsvc.foreign import read_json
@@ -199,6 +199,8 @@ class FilesystemImageStore:
             self._put(_NOTED + topic, line)
 
     def remembered(self, topic: Topic) -> str:
+        if self.fresh:
+            return ""
         with translated(f"look how far the {topic} got"):
             try:
                 descriptor = self._directory.open(_NOTED + topic, os.O_RDONLY)
@@ -233,8 +235,19 @@ class FilesystemImageStore:
     def _mark(self, marker: _Marker) -> None:
         with self._required():
             self._directory.make(_INCOMING)
+            if self._marker is None:
+                self._forget()
             self._put(_MARKER, json.dumps(asdict(marker)))
         self._marker = marker
+
+    def _forget(self) -> None:
+        """What is remembered without a marker came with a copy of another directory. It goes for good before the marker
+        comes, whenever the process dies."""
+        noted = [_NOTED + topic for topic in get_args(Topic) if self._directory.exists(_NOTED + topic)]
+        for name in noted:
+            self._directory.remove(name)
+        if noted:
+            self._directory.sync()
 
     def _changed(self) -> int:
         with translated("look at the image directory"):

@@ -195,7 +195,8 @@ class ImageStore(Protocol):
         """Keeps a line about these images, durably, instead of the one before of the same topic."""
 
     def remembered(self, topic: Topic) -> str:
-        """The line that was kept last; "" when there is none."""
+        """The line that was kept last; "" when there is none, or it was kept in a directory that this is a copy of: one
+        without its marker."""
 
     def space(self) -> Space: ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from imgsvc.errors import ConfigError
 from imgsvc.images.filesystem import FilesystemImageStore
+from imgsvc.images.store import Topic
 from imgsvc.metadata.image import new_id
 from tests.images.conftest import RECORDS
 from tests.images.helpers import put, tree
@@ -113,6 +115,37 @@ def test_incoming_is_made_again(store: FilesystemImageStore, directory: Path, im
     (directory / ".incoming").rmdir()
     with closing(FilesystemImageStore(directory)) as again:
         put(again, image_id, b"whole")
+
+
+def test_a_copy_remembers_nothing(store: FilesystemImageStore, directory: Path, tmp_path: Path) -> None:
+    """What was noted of a directory is not so of a copy without its marker, now or later: neither of it is the other."""
+    topics: tuple[Topic, ...] = ("scrub", "records")
+    for topic in topics:
+        store.remember(topic, "of the first")
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy)
+    (copy / ".imgsvc").unlink()
+    with closing(FilesystemImageStore(copy)) as second:
+        assert [second.remembered(topic) for topic in topics] == ["", ""]
+        second.mark(RECORDS)
+    with closing(FilesystemImageStore(copy)) as second:
+        assert [second.remembered(topic) for topic in topics] == ["", ""]
+        second.remember("records", "of the copy")
+        second.mark("other records")
+        second.rename("another")
+        assert second.remembered("records") == "of the copy"
+    assert [store.remembered(topic) for topic in topics] == ["of the first"] * 2
+
+
+def test_a_copy_that_cannot_be_marked(store: FilesystemImageStore, directory: Path) -> None:
+    """It has forgotten by the time when it may get a marker: there is no moment with both."""
+    store.remember("records", "of the first")
+    store.close()
+    (directory / ".imgsvc").unlink()
+    (directory / ".incoming" / ".imgsvc").mkdir()
+    with closing(FilesystemImageStore(directory)) as copy, pytest.raises(ConfigError):
+        copy.mark(RECORDS)
+    assert not (directory / ".imgsvc-records").exists()
 
 
 def test_one_service_to_a_directory(store: FilesystemImageStore, directory: Path) -> None:
