@@ -239,8 +239,11 @@ class ImageService:
                 self._records.delete(image_id)  # so that it cannot arrive late
             self._images.unclaim(image_id)
         else:
-            if image.status is Status.PENDING:
+            # Others may have deleted, fetched or ended it meanwhile.
+            if image.status is Status.PENDING and self._records.may_own(image_id):
                 self._fetcher.submit(image_id)
+            else:
+                self._images.unclaim(image_id)
 
     def _fetch_again(self, image: Image, expected_sha256: str) -> Image:
         """The image of a taken source; one in error is fetched again, once however many ask."""

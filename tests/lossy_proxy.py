@@ -13,13 +13,14 @@ _KEPT_SECONDS = 0.25
 
 
 class LossyProxy:
-    """Carries bytes both ways. After `lose_answers` what the server says is thrown away. After `delay` what the client
-    says is held back, from the first words that contain `words`, until `deliver`."""
+    """Carries bytes both ways. After `lose_answers` what the server says is thrown away, from the first request that
+    contains `words` on. After `delay` what the client says is held back, from there on, until `deliver`."""
 
     def __init__(self, url: str) -> None:
         parts = urllib.parse.urlsplit(url)
         self._server = (parts.hostname or "", parts.port or 0)
         self._losing = threading.Event()
+        self._last_words: bytes | None = None
         self._words: bytes | None = None
         self._held: list[tuple[float, socket.socket, bytes]] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -31,8 +32,11 @@ class LossyProxy:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
 
-    def lose_answers(self) -> None:
-        self._losing.set()
+    def lose_answers(self, words: bytes = b"") -> None:
+        if words:
+            self._last_words = words
+        else:
+            self._losing.set()
 
     def delay(self, words: bytes) -> None:
         self._words = words
@@ -66,6 +70,8 @@ class LossyProxy:
     def _carry_requests(self, client: socket.socket, server: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := client.recv(65536):
+                if self._last_words is not None and self._last_words in data:
+                    self._losing.set()
                 if self._held or (self._words is not None and self._words in data):
                     self._held.append((time.monotonic(), server, data))
                 else:

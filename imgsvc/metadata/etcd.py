@@ -152,6 +152,8 @@ class EtcdMetadataStore:
             record = done.found.record
             if done.succeeded or (record is not None and record.value == document.encode()):
                 return self._transfers.written(image, done.found)
+            if record is not None and done.outcome.repeated:
+                raise Unavailable(f"image {image.id} may have been created, and changed since")
             if record is not None:
                 raise Conflict(f"the id {image.id} is in use")
             claims = done.outcome.found[0]
@@ -159,6 +161,9 @@ class EtcdMetadataStore:
             if dangling is not None:
                 with contextlib.suppress(NotFound):
                     raise SourceTaken(self.get(dangling.text))
+            if done.outcome.repeated:
+                # Others may have seen it, and an id is never used twice.
+                raise Unavailable(f"image {image.id} may have been created, and deleted since")
         raise Unavailable(f"the source of image {image.id} is claimed and let go all the time")
 
     def update(self, image: Image) -> Image:
@@ -256,8 +261,8 @@ class EtcdMetadataStore:
             self._follower.close()
 
     def _create(self, image: Image, document: str, dangling: KeyValue | None) -> Transacted:
-        """The failure branch reads the claim. `dangling` is a claim that was found to name an image without a record;
-        it is replaced.
+        """The failure branch reads the claim, and leaves no owner without a record. `dangling` is a claim that was found
+        to name an image without a record; it is replaced.
 
         First the owner, then the record if the owner is still that one: a request that was sent twice, because the
         first got no answer, may arrive late, and must not bring back an image that was deleted meanwhile.
@@ -267,14 +272,15 @@ class EtcdMetadataStore:
             self._layout.source(image.source),
             self._layout.owner(image.id),
         )
-        free, written, claims = [created_at(record, 0)], [put(record, document)], read(claim)
+        free, written = [created_at(record, 0)], [put(record, document)]
+        otherwise = [read(claim), when(created_at(record, 0), delete(owner))]
         if image.source:
             free.append(modified_at(claim, dangling.modified if dangling else 0))
             written.append(put(claim, image.id))
         if dangling:
             free.append(created_at(self._layout.record(dangling.text), 0))
         owned = self._transfers.with_lease(
-            lambda lease: self._keys.transact(image.id, free, [put(owner, self._member.id, lease)], [claims])
+            lambda lease: self._keys.transact(image.id, free, [put(owner, self._member.id, lease)], otherwise)
         )
         if not owned.succeeded or owned.found.owner is None:
             return owned
@@ -282,7 +288,7 @@ class EtcdMetadataStore:
             image.id,
             [*free, created_at(owner, owned.found.owner.created)],
             [*written, *self._transfers.beginning(image)],
-            [claims, when(created_at(record, 0), delete(owner))],
+            otherwise,
         )
 
     def _delete(self, image: Image, found: Found) -> Sequence[KeyValue]:

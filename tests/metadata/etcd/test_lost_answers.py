@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
 
-from imgsvc.errors import NotFound, Unavailable
+from imgsvc.errors import NotFound, SourceTaken, Unavailable
 from imgsvc.etcd import Etcd
 from imgsvc.metadata.image import Status
 from tests.etcd_cluster import EtcdCluster
@@ -16,6 +17,7 @@ from tests.lossy_proxy import LossyProxy
 from tests.metadata.etcd.helpers import SOURCE, Raw
 from tests.metadata.etcd_store import OwnedEtcdStore, new_member, open_store
 from tests.metadata.helpers import image, listed
+from tests.rooms import wait_until
 
 
 class TestLostAnswers:
@@ -38,6 +40,35 @@ class TestLostAnswers:
         proxy.lose_answers()
         created = unlucky.create(image(SOURCE))
         assert listed(unlucky) == [created] == [unlucky.get_by_source(SOURCE)]
+
+    def test_create_and_a_deletion(
+        self, unlucky: OwnedEtcdStore, other: OwnedEtcdStore, proxy: LossyProxy, raw: Raw
+    ) -> None:
+        """What was carried out, seen and deleted by others before it is asked for again, is not done twice."""
+        unlucky.etcd._attempt_timeout = 1.5  # which others have for it
+        proxy.lose_answers(b'"expected_size"')
+        with ThreadPoolExecutor(1) as pool:
+            creating = pool.submit(unlucky.create, image(SOURCE))
+            wait_until(lambda: bool(listed(other)))
+            deleted = other.delete(listed(other)[0].id)
+            with pytest.raises(Unavailable, match=f"{deleted.id} may have been created, and deleted since"):
+                creating.result()
+        assert raw.all() == {}
+
+    def test_create_of_a_source_that_others_take(
+        self, unlucky: OwnedEtcdStore, other: OwnedEtcdStore, proxy: LossyProxy, raw: Raw
+    ) -> None:
+        """Of one whose source was taken before its first step was asked for again, nothing is left."""
+        unlucky.etcd._attempt_timeout = 1.5
+        proxy.lose_answers(b"/image-sources/")
+        with ThreadPoolExecutor(1) as pool:
+            creating = pool.submit(unlucky.create, image(SOURCE))
+            wait_until(lambda: any(key.endswith("/owner") for key in raw.all()))
+            taken = other.create(image(SOURCE))
+            with pytest.raises(SourceTaken) as caught:
+                creating.result()
+        assert caught.value.image == taken
+        assert {key.split("/")[2] for key in raw.all() if key.startswith("/images/")} == {taken.id}
 
     def test_update(self, unlucky: OwnedEtcdStore, proxy: LossyProxy) -> None:
         """So does an update, and the next one goes on from it."""
