@@ -69,14 +69,21 @@ class Resumable:
         # The `touched` by which others were told how long they are to wait for us; None before they were.
         self.told: float | None = None
         self._verified = verified
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.request: Request | None = None
 
     def look(self) -> Progress:
-        """How far it is, whatever happens now. Raises Locked when a request does not let go of it for a moment,
-        Unavailable or NoSpace when that cannot be noted."""
+        """How far it is, whatever happens now; one that has all its bytes is complete before this returns. Raises Locked
+        when a request does not let go of it for a moment, Unavailable or NoSpace when that cannot be noted, Unavailable
+        also while the request that brought the last byte goes on; and what `Request` does at its end."""
         with self._quiet():
-            return self.progress()
+            progress = self.progress()
+            if progress.offset < progress.length:
+                return progress
+            if self.request is not None:
+                raise Unavailable("the upload is being completed")
+            request = self._commit()
+        return request.complete()
 
     def begin(self, offset: int, checksum: Checksum | None = None) -> Request:
         """A request that brings the bytes from `offset` on; one that was under way is over. Raises Conflict when the
@@ -115,23 +122,50 @@ class Resumable:
                 self.transfer.pause()
             self._verified = True
 
+    def finish(self) -> None:
+        """Completes it when it has all its bytes, and the request that brought the last one ended before it had done
+        that. Raises as `look` does."""
+        with self._idle() as idle:
+            if not idle or not self._has_all:
+                return
+            request = self._commit()
+        request.complete()
+
     def abandon(self, now: float) -> None:
-        """Gives it up when it is too long, at the Unix time `now`, since the last byte came."""
-        if not self.lock.acquire(blocking=False):
-            return  # somebody is at it
-        try:
-            if self.request is None and now >= self._expires:
+        """Gives it up when it is too long, at the Unix time `now`, since the last byte came, unless all are there."""
+        with self._idle() as idle:
+            if idle and now >= self._expires and not self._has_all:
                 self.transfer.abort(Gone(f"the upload was abandoned: no byte came for {self._expire:g} seconds"))
-        finally:
-            self.lock.release()
 
     @property
     def _expires(self) -> float:
         return self.touched + self._expire
 
+    @property
+    def _has_all(self) -> bool:
+        return self.transfer.size == self.transfer.image.expected_size
+
+    def _commit(self) -> Request:
+        """What a request without bytes would do now. Its client may never send one: it was told that all are there."""
+        request = self.begin(self.transfer.size)
+        request.commit()
+        return request
+
     def progress(self) -> Progress:
         offset, image = self.transfer.checkpoint(), self.transfer.image
         return Progress(image, offset, image.expected_size, self.metadata, self._expires)
+
+    @contextlib.contextmanager
+    def _idle(self) -> Iterator[bool]:
+        """Whether nobody is at it, and then nobody else comes. What an earlier run left may have all its bytes, which is
+        known when it is verified."""
+        if not self._verified or not self.lock.acquire(blocking=False):
+            yield False
+            return
+        try:
+            yield self.request is None and not self.transfer.over
+        finally:
+            self.lock.release()
 
     @contextlib.contextmanager
     def _quiet(self) -> Iterator[None]:
@@ -211,7 +245,7 @@ class Request:
                 self._end(reason)
 
     @property
-    def _lock(self) -> threading.Lock:
+    def _lock(self) -> threading.RLock:
         return self.upload.lock
 
     def _check_running(self) -> None:

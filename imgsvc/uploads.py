@@ -129,7 +129,8 @@ class Uploads:
         return upload.look()
 
     def look(self, image_id: str) -> Progress:
-        """Raises Locked, NoSpace."""
+        """One that has all its bytes is complete when this returns. Raises Locked, NoSpace; WrongDigest, and then it has
+        failed."""
         upload = self._known(image_id)
         return self._recorded(image_id) if upload is None else upload.look()
 
@@ -244,8 +245,18 @@ class Uploads:
 
     def _look_after(self, uploads: Sequence[Resumable]) -> None:
         for upload in uploads:
+            self._finish(upload)
             upload.abandon(time.time())
-        self._tell_others_again(uploads)
+        self._tell_others_again([upload for upload in uploads if not upload.transfer.over])
+
+    def _finish(self, upload: Resumable) -> None:
+        """An upload that has all its bytes, and whose client may believe that it need not come again."""
+        try:
+            upload.finish()
+        except (Unavailable, NoSpace) as error:
+            log.debug("upload not complete yet", image=upload.transfer.image.id, reason=str(error))
+        except ImgsvcError as error:
+            log.info("upload settled otherwise", image=upload.transfer.image.id, reason=str(error))
 
     def _tell_others(self, transfer: Transfer, touched: float) -> None:
         """Should this member die, nobody else ends the upload before it can have expired."""

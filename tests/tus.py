@@ -70,10 +70,11 @@ class Tus:
     def terminate(self, path: str) -> Answer:
         return self.service.request("DELETE", path, None, SPOKEN)
 
-    def begin(self, connection: Connection, path: str, offset: int, length: int, *headers: str) -> None:
-        """The head of a PATCH on a connection of the test's own."""
+    def begin(self, connection: Connection, path: str, offset: int, length: int | None, *headers: str) -> None:
+        """The head of a PATCH on a connection of the test's own; in chunks when it has no length."""
         said = [f"{name}: {value}" for name, value in BYTES.items()]
-        lines = [f"PATCH {path} HTTP/1.1", "Host: test", f"Upload-Offset: {offset}", f"Content-Length: {length}"]
+        size = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
+        lines = [f"PATCH {path} HTTP/1.1", "Host: test", f"Upload-Offset: {offset}", size]
         connection.send("\r\n".join([*lines, *said, *headers, "", ""]))
 
 

@@ -7,7 +7,7 @@ import hashlib
 import pytest
 
 from imgsvc.errors import Gone, ImgsvcError, Incomplete
-from imgsvc.metadata.image import ImageType, Status
+from imgsvc.metadata.image import UNKNOWN_SIZE, ImageType, Status
 from imgsvc.resumable import Checksum
 from imgsvc.uploads import Incoming
 from tests.flaky import Fault, Killed
@@ -20,14 +20,16 @@ LEFT = Incomplete("the sender went away")
 
 
 class Client:
-    """Uploads BODY in three requests, and asks how far it is whenever anything went wrong. `told` is what it was told
-    last."""
+    """Uploads BODY in three requests, and asks how far it is whenever anything went wrong; when that is all, it takes
+    that for success and never comes again, as real clients do. `told` is what it was told last. One that `breaks`
+    leaves the last request right behind its last byte."""
 
-    def __init__(self, rooms: Rooms, *, checked: bool = False) -> None:
+    def __init__(self, rooms: Rooms, *, checked: bool = False, breaks: bool = False) -> None:
         self.rooms = rooms
         self.id = ""
         self.told = 0
         self._checked = checked
+        self._breaks = breaks
 
     def run(self, tries: int = 6) -> None:
         """To the end; raises Gone when there is no way to it."""
@@ -50,6 +52,8 @@ class Client:
             progress = uploads.look(self.id)
             assert progress.offset >= self.told, "bytes that were acknowledged are gone"
             self.told = progress.offset
+            if self.told == len(BODY):
+                return
             part = BODY[self.told : self.told + PART]
             checksum = Checksum("sha256", hashlib.sha256(part).digest()) if self._checked else None
             self._bring(uploads.go_on(self.id, self.told, len(part), checksum), part)
@@ -59,6 +63,8 @@ class Client:
             for piece in (part[:100], part[100:]):
                 if piece:
                     request.feed(piece)
+            if self._breaks and self.told + len(part) == len(BODY):
+                raise LEFT
             request.commit()
             self.told = request.complete().offset
         except ImgsvcError as error:
@@ -93,13 +99,23 @@ def begun(place: Place) -> Client:
     return client
 
 
-def paused(rooms: Rooms) -> Client:
-    """After its first request."""
+def paused(rooms: Rooms, sha256: str = "") -> Client:
+    """After its first request; it has announced the digest."""
     client = Client(rooms)
-    client.id = rooms.uploads.create(ImageType.KVM, "", len(BODY), "", "").image.id
+    client.id = rooms.uploads.create(ImageType.KVM, "", len(BODY), sha256, "").image.id
     request = rooms.uploads.go_on(client.id, 0, PART)
     request.feed(BODY[:PART])
     request.commit()
     client.told = request.complete().offset
     assert client.told == PART
+    return client
+
+
+def broken_off(rooms: Rooms, sha256: str = "") -> Client:
+    """One that has sent all its bytes, and left before it was told so."""
+    client = paused(rooms, sha256)
+    request = rooms.uploads.go_on(client.id, PART, UNKNOWN_SIZE)
+    request.feed(BODY[PART:])
+    request.abort(LEFT)
+    assert rooms.base.get(client.id).status is Status.DOWNLOADING
     return client

@@ -34,6 +34,61 @@ def test_a_client_that_leaves(tus: Tus, leave: Callable[[Connection], None]) -> 
     assert_whole(tus, path)
 
 
+class TestAllBytes:
+    """All of them have come, and the chunk that ends the body has not: the client is told that all are there, takes
+    that for success, and never comes again."""
+
+    @pytest.mark.parametrize("wanted", ["", "wrong"])
+    def test_the_connection_breaks(self, anywhere: Tus, wanted: str) -> None:
+        """The image is complete, or in error when it has not the announced digest, although nobody asks."""
+        path = anywhere.create(len(CONTENT), **({"sha256": "ab" * 32} if wanted else {}))
+        with Connection(anywhere.service.port) as connection:
+            send_all_but_the_end(anywhere, connection, path)
+            connection.reset()
+        image = anywhere.service.wait_status(id_of(path), "complete", "error")
+        if wanted:
+            assert (image["status"], anywhere.head(path).status) == ("error", 410)
+            assert "ab" * 32 in image["error"]
+        else:
+            assert_whole(anywhere, path)
+
+    def test_its_client_asks_at_once(self, anywhere: Tus) -> None:
+        """It is not told so before it is so: 503 while the request that brought the bytes goes on."""
+        path = anywhere.create(len(CONTENT))
+        with Connection(anywhere.service.port) as connection:
+            send_all_but_the_end(anywhere, connection, path)
+            time.sleep(1)  # the service looks after its uploads twice
+            assert anywhere.head(path).status == 503
+            connection.reset()
+        assert anywhere.offset(path) == len(CONTENT)
+        assert_whole(anywhere, path)
+
+    @pytest.mark.parametrize("end", ["kill", "terminate"])
+    def test_the_service_ends(self, start_service: StartService, end: str) -> None:
+        """The next start completes it, although it would have expired meanwhile."""
+        tus = Tus(start_service(uploads_expire=1, shutdown_timeout=1))
+        path = tus.create(len(CONTENT))
+        with Connection(tus.service.port) as connection:
+            send_all_but_the_end(tus, connection, path)
+            getattr(tus.service, end)()
+        time.sleep(1.1)
+        tus.service.start()
+        tus.service.wait_status(id_of(path), "complete", "error")
+        assert_whole(tus, path)
+
+
+def send_all_but_the_end(tus: Tus, connection: Connection, path: str) -> None:
+    """Returns when they are noted."""
+
+    def noted() -> bool:
+        answer = tus.head(path)
+        return answer.status == 503 or answer.headers["Upload-Offset"] == str(len(CONTENT))
+
+    tus.begin(connection, path, 0, None)
+    connection.send(f"{len(CONTENT):x}\r\n".encode() + CONTENT + b"\r\n")
+    wait_for(noted, 5, "the bytes are there")
+
+
 def test_a_silent_client(guarded: Tus) -> None:
     """408 after idleTimeout, and what came is kept."""
     path = guarded.create(len(CONTENT))
