@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from imgsvc.errors import Conflict, FetchFailed, ImgsvcError, NotFound, Stopping, Unavailable
+from imgsvc.errors import Conflict, FetchFailed, ImgsvcError, Invalid, NotFound, Stopping, Unavailable
 from imgsvc.fetch import Fetch
 from imgsvc.images.store import ImageStore
 from imgsvc.metadata.image import Image, Status
@@ -81,8 +81,8 @@ class Fetcher:
 
     def take(self, image: Image) -> Image:
         """Makes an image, which is given as it shall be, pending, one that is fetched here, and submits it. Raises
-        Conflict or NotFound when its record is no longer as it was; then nothing is left of that. After Unavailable or
-        NoSpace of the records it is tried again."""
+        Conflict or NotFound when its record is no longer as it was, Invalid when it is one that cannot be written; then
+        nothing is left of that. After Unavailable or NoSpace of the records it is tried again."""
         self._images.claim(image.id)
         return self._settlements.settle(image.id, lambda: self._take_claimed(image))
 
@@ -106,7 +106,7 @@ class Fetcher:
     def _take_claimed(self, image: Image) -> Image:
         try:
             image = self._records.update(image)
-        except (NotFound, Conflict):
+        except (NotFound, Conflict, Invalid):
             self._images.unclaim(image.id)
             raise
         self.submit(image.id)

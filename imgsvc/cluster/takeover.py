@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import structlog
 
 from imgsvc.cluster.rendezvous import place
-from imgsvc.errors import Conflict, NoSpace, NotFound, TooLarge, Unavailable
+from imgsvc.errors import Conflict, ImgsvcError, NoSpace, NotFound, TooLarge, Unavailable
 from imgsvc.fetcher import Fetcher
 from imgsvc.metadata.image import Image
 from imgsvc.metadata.mirror import Known, Mirror
@@ -146,6 +146,10 @@ class Takeover:
             self._orphans.pop(image.id, None)
         except (Unavailable, NoSpace) as error:
             log.debug("transfer not taken over yet", image=image.id, reason=str(error))
+        except Exception as error:  # the others are to have their turns all the same; this one has another one later
+            self._orphans.pop(image.id, None)
+            mistake = not isinstance(error, ImgsvcError)
+            log.error("transfer not taken over", image=image.id, reason=str(error), exc_info=mistake)
 
     def _take_fetch(self, image: Image, known: Known, *, last: bool) -> None:
         try:

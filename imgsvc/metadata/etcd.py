@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from imgsvc.deadline import time_left
-from imgsvc.errors import Conflict, NoSpace, NotFound, SourceTaken, Unavailable
+from imgsvc.errors import Conflict, Invalid, NoSpace, NotFound, SourceTaken, Unavailable
 from imgsvc.etcd import Etcd
 from imgsvc.etcd_layout import Layout, end_of
 from imgsvc.etcd_messages import (
@@ -359,7 +359,7 @@ class EtcdMetadataStore:
             return entry
         try:
             return dataclasses.replace(entry, image=self.update(image))
-        except (Conflict, NotFound):  # another member was faster
+        except (Conflict, NotFound, Invalid):  # another member was faster, or it is larger than any of ours
             return entry
 
     def _was_here(self, member: str, note: dict[str, str]) -> bool:

@@ -134,6 +134,26 @@ def test_the_next_one_has_its_turn(hosts: list[Host]) -> None:
     assert last.rooms.claims() == {image.id}
 
 
+@pytest.mark.parametrize("source", ["", "http://source.example/foreign"], ids=["upload", "fetch"])
+def test_an_image_that_cannot_be_taken_over(hosts: list[Host], source: str) -> None:
+    """As one of somebody else whose record is larger than any of ours may be: the others have their turns, it has
+    another one later, and nothing of it is left here that the next start would stumble over."""
+    lost, other, third = hosts
+    foreign = Image(id=new_id(), type=ImageType.KVM, source=source, comment="x" * 1_200_000)
+    other.records.etcd.transact([], [put(Layout(lost.prefix).record(foreign.id), foreign.to_json())])
+    other.sees(lambda records: foreign.id in [known.id for known in records.mirror.in_transfer()])
+    images = lost.post(20)
+    third.die()
+    lose(lost, other, third)
+    for after in (0.0, 0.7, 0.0, 0.7):
+        other.look(after)
+        other.rooms.settlements.retry()
+    assert other.rooms.claims() == {image.id for image in images}
+    other.look()
+    other.rooms.maintenance.start_sweep()
+    assert stored(other, foreign).in_transfer
+
+
 def test_a_live_member_without_its_keys(hosts: list[Host]) -> None:
     """It may be about to own its transfers again, as all are after etcd was frozen, and has longer for that."""
     host, other, _ = hosts

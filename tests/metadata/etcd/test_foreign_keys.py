@@ -42,6 +42,16 @@ def test_a_record(store: OwnedEtcdStore, raw: Raw, etcd: EtcdCluster, document: 
         store.delete(spoilt)
 
 
+def test_a_record_of_the_go_program_that_is_too_large(store: OwnedEtcdStore, raw: Raw, etcd: EtcdCluster) -> None:
+    """It was in transfer, and cannot be told that it is over: it stays as it is, which stops nobody."""
+    image_id = new_id()
+    document = f'{{"id": "{image_id}", "type": "kvm", "status": "downloading", "comment": "{"x" * 1_200_000}"}}'
+    raw.put(f"/images/{image_id}/metadata", document)
+    assert_goes_on(store, raw, etcd)
+    store.delete(image_id)
+    assert raw.all() == {}
+
+
 @pytest.mark.parametrize("image_id", ["NO-UUID", "..", "", "0B53A3F2-5A0C-4B1E-9B1F-0C6D3E2F1A00"])
 def test_a_record_under_no_id(store: OwnedEtcdStore, raw: Raw, etcd: EtcdCluster, image_id: str) -> None:
     """Nobody could ask for it, and no file may have such a name: it is none."""
