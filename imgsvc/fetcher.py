@@ -126,11 +126,11 @@ class Fetcher:
             for turn in self._turns.hurried():
                 if turn.fetch is not None and turn.fetch.transfer.cancelled is not None:
                     with structlog.contextvars.bound_contextvars(image=turn.image_id):
-                        self._abort(turn.fetch, turn.fetch.transfer.cancelled)
+                        self._end(turn.fetch, turn.fetch.transfer.cancelled)
 
-    def _abort(self, fetch: Fetch, reason: ImgsvcError) -> None:
+    def _end(self, fetch: Fetch, reason: ImgsvcError) -> None:
         try:
-            fetch.transfer.abort(reason)
+            fetch.transfer.cancel(reason)  # which knows what becomes of one that is paused
         except Exception:  # the others are to be ended all the same
             log.exception("fetch not ended")
 

@@ -37,8 +37,8 @@ class Transfer:
     """One image on its way in, driven by one owner: a request or a fetch thread.
 
     The owner calls `feed`, and then `finish` (or its two steps), or at any point `abort` or `suspend`, one call at a
-    time. `cancel` and `report` may be called by anybody at any time, and so may `abort` while it is `paused`. Every
-    method may block.
+    time. `cancel` and `report` may be called by anybody at any time, and so may `abort` and `suspend` while it is
+    `paused`. Every method may block.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Transfer:
                 self._intake.pause()
                 self.paused = True
         if self.cancelled is not None:
-            self.abort(self.cancelled)  # for who cancels one that is not paused leaves it to its owner
+            self._end_for(self.cancelled)  # for who cancels one that is not paused leaves it to its owner
 
     def go_on(self, open_writer: Callable[[], ImageWriter]) -> None:
         """After `pause`, with a writer that keeps what is there. Raises as `feed` does."""
@@ -245,11 +245,11 @@ class Transfer:
     def cancel(self, reason: ImgsvcError) -> None:
         """Tells the owner to give up: `feed` and `finish` raise `reason` from now on. An owner that waits for bytes
         looks at `cancelled` at least once a second; one whose transfer is paused may be away for days, and is not
-        waited for."""
+        waited for: that one is suspended when the reason is Stopping, and else aborted."""
         if self.cancelled is None:
             self.cancelled = reason
         if self.paused:
-            self.abort(self.cancelled)
+            self._end_for(self.cancelled)
 
     def report(self) -> None:
         """Tells the record how far this came, the first bytes at once and then every REPORT_INTERVAL seconds; cancels
@@ -285,6 +285,13 @@ class Transfer:
             return
         if not stored.in_transfer or not self._records.may_own(stored.id):
             raise Conflict(f"image {stored.id} has changed since it was written here")
+
+    def _end_for(self, reason: ImgsvcError) -> None:
+        """A stop costs no bytes."""
+        if isinstance(reason, Stopping):
+            self.suspend()
+        else:
+            self.abort(reason)
 
     def _requeue(self) -> None:
         try:

@@ -54,6 +54,7 @@ class Rooms:
         *,
         concurrency: int = 1,
         stall_timeout: float = 1.0,
+        retries: int = 0,
         max_image_size: int = 0,
         reserve: Callable[[int], int] = lambda _total: 0,
         expire: float = 60.0,
@@ -68,7 +69,11 @@ class Rooms:
             self.images, self.records, self.room, self.settlements, hashers=ThreadPoolExecutor(1)
         )
         settings = FetchSettings(
-            concurrency=concurrency, connect_timeout=1.0, stall_timeout=stall_timeout, deny_networks=(), retries=0
+            concurrency=concurrency,
+            connect_timeout=1.0,
+            stall_timeout=stall_timeout,
+            deny_networks=(),
+            retries=retries,
         )
         self.fetcher = Fetcher(settings, self.images, self.records, self.transfers, self.settlements)
         self.digests = Digests(self.images, self.records)

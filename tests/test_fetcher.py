@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from imgsvc.errors import Unavailable
+from imgsvc.errors import Stopping, Unavailable
 from imgsvc.metadata.image import Image, Status
 from tests.flaky import FULL, LOST, Fault
 from tests.images.helpers import content
@@ -39,8 +39,8 @@ def start() -> Iterator[Callable[..., Rooms]]:
     """Starts a service at a place, with so many fetch threads."""
     with ExitStack() as running:
 
-        def started(rooms: Rooms, concurrency: int = 1) -> Rooms:
-            rooms = Rooms(rooms.disk, rooms.base, concurrency=concurrency, stall_timeout=30.0)
+        def started(rooms: Rooms, concurrency: int = 1, retries: int = 0) -> Rooms:
+            rooms = Rooms(rooms.disk, rooms.base, concurrency=concurrency, stall_timeout=30.0, retries=retries)
             running.callback(rooms.close)
             rooms.start()
             return rooms
@@ -258,6 +258,47 @@ class TestClosing:
             for image in images:
                 assert ended(after, image).status is Status.COMPLETE
         after.check_settled()
+
+    @pytest.mark.parametrize("gap", [("note", 2), ("close", 1), ("writer", 2)], ids=lambda gap: gap[0])
+    def test_while_it_waits_for_its_source(
+        self, place: Place, rooms: Rooms, source: Source, start: Callable[..., Rooms], gap: tuple[str, int]
+    ) -> None:
+        """As its source breaks off, or as it is asked again: the next start goes on behind what came."""
+        running = start(rooms, retries=5)
+        fetcher = running.fetcher
+        closing_it = threading.Thread(target=fetcher.close)
+
+        def close() -> None:
+            (fetch,) = fetcher._running
+            closing_it.start()
+            wait_until(lambda: fetch.transfer.cancelled is not None)
+
+        running.faults.at(*gap, close)
+        good = Resource(BODY, etag='"one"')
+        broken = Resource(BODY, etag='"one"', cut_after=300_000)
+        image = submit(running, source.serve("/image", lambda asked: good if asked.number else broken))
+        wait_until(lambda: closing_it.ident is not None)
+        closing_it.join()
+        assert running.base.get(image.id).in_transfer
+        after = place.open()
+        after.maintenance.start_sweep()
+        with closing(after):
+            after.start()
+            assert ended(after, image).status is Status.COMPLETE
+        assert source.asked("/image")[-1].first >= 200_000
+        assert content(after.disk, image.id) == BODY
+        after.check_settled()
+
+    def test_seen_first_by_who_ends_what_was_cancelled(
+        self, rooms: Rooms, source: Source, start: Callable[..., Rooms]
+    ) -> None:
+        """A fetch that waits for its source is left for the next start also by that thread."""
+        running = start(rooms, retries=5)
+        image = submit(running, source.serve("/image", Resource(status=503, headers={"Retry-After": "60"})))
+        wait_until(lambda: any(turn.fetch is not None for *_, turn in running.fetcher._turns._waiting))
+        running.transfers._running[image.id].cancelled = Stopping("the service is stopping")
+        wait_until(lambda: not running.transfers.is_known(image.id))
+        assert running.base.get(image.id).status is Status.PENDING
 
     def test_while_the_records_are_away(self, running: Rooms, source: Source) -> None:
         """A thread that waits for the metadata store does not hold up the end."""

@@ -243,6 +243,30 @@ class TestEnds:
         assert list(rooms.disk.ids()) == []
         rooms.disk.writer(image.id).close()
 
+    @pytest.mark.parametrize("first", ["pause", "cancel"])
+    def test_a_stop_while_it_is_paused(self, rooms: Rooms, first: str) -> None:
+        """In whatever order the two come, a stop costs no byte; any other reason ends it."""
+        ends: dict[str, ImgsvcError] = {"stop": Stopping("the service is stopping"), "else": Conflict("deleted")}
+        left: dict[str, Transfer] = {}
+        for name, reason in ends.items():
+            transfer = left[name] = rooms.transfers.fetch(rooms.queued(f"http://source.example/{name}"))
+            transfer.restart({"url": name})
+            transfer.start(9)
+            transfer.feed(b"bytes")
+            if first == "pause":
+                transfer.pause()
+                transfer.cancel(reason)
+            else:
+                transfer.cancel(reason)
+                transfer.pause()
+            assert transfer.over
+        stopped, ended = (rooms.base.get(transfer.image.id) for transfer in left.values())
+        assert (stopped.status, stopped.error) == (Status.PENDING, "")
+        assert (ended.status, ended.error) == (Status.ERROR, "deleted")
+        assert rooms.claims() == {stopped.id}
+        next_one = rooms.transfers.fetch(stopped)
+        assert (next_one.recover(), next_one.size) == ({"url": "stop"}, 5)
+
     def test_suspend_while_the_store_is_away(self, rooms: Rooms) -> None:
         """It does not wait: the record stays as it was, and the claim tells the next start."""
         transfer = rooms.fetch()
