@@ -116,25 +116,53 @@ class Maintenance:
         return []
 
     def _settle(self, image: Image) -> list[str]:
-        """The id of the fetch that is to be submitted again, if it is one."""
+        """The id of the fetch that is to be submitted again, if it is one.
+
+        Bytes may stand under the final name: the process died between the rename and the record's last step. Where
+        records are shared, that step may be under way to them until the record has been written. So the bytes go after
+        that. Should the process die before they have gone, the next start finds them with a record that is pending and
+        claimed, or in `error`.
+        """
         if not image.source and self._uploads.take_over(image):
             return []
-        # Bytes may stand under the final name: the process died between the rename and the record's last step. They
-        # may be all that says whose transfer this was, so there is a claim before they go, where there is room for it.
-        with contextlib.suppress(NoSpace):
-            self._images.claim(image.id)
-        self._images.delete(image.id)
-        try:
-            if image.source:
+        if image.source:
+            with contextlib.suppress(NoSpace):  # until they go, the bytes say whose it is, too
                 self._images.claim(image.id)
-                self._records.update(image.requeued())
-                return [image.id]
-            self._records.update(image.progressed(0).failed("the service stopped during the upload"))
+        try:
+            self._records.update(
+                image.requeued()
+                if image.source
+                else image.progressed(0).failed("the service stopped during the upload")
+            )
+        except NoSpace:
+            if image.replicas is None:
+                # Nothing is under way to records that nobody shares, and they may be on the disk that is full.
+                self._images.delete(image.id)
+            raise
         except (Conflict, NotFound) as error:
             log.info("interrupted transfer settled otherwise", image=image.id, reason=str(error))
-        else:
-            log.info("interrupted upload is now in error", image=image.id)
+            return self._settle_otherwise(image.id)
+        self._images.delete(image.id)
+        if image.source:
+            self._images.claim(image.id)
+            return [image.id]
+        log.info("interrupted upload is now in error", image=image.id)
         self._images.unclaim(image.id)
+        return []
+
+    def _settle_otherwise(self, image_id: str) -> list[str]:
+        """As `_settle`, when the record was written meanwhile: by a request of the last run that came late, or by
+        others. From now on no other one of the last run can do anything."""
+        kept = False
+        with contextlib.suppress(NotFound):
+            image = self._records.get(image_id)
+            if image.in_transfer and self._records.may_own(image_id):
+                return self._settle(image)
+            here = image.replicas is None or self._images.member in image.replicas
+            kept = image.status is Status.COMPLETE and here
+        if not kept:
+            self._images.delete(image_id)
+        self._images.unclaim(image_id)
         return []
 
     def _check_failed(self, image: Image, identity: str) -> None:

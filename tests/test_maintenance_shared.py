@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,8 +15,9 @@ from imgsvc.errors import ConfigError, NoSpace, Unavailable
 from imgsvc.images.filesystem import FilesystemImageStore
 from imgsvc.images.memory import MemoryImageStore
 from imgsvc.metadata.image import Status, new_id
+from imgsvc.metadata.memory import MemoryMetadataStore
 from imgsvc.metadata.store import Member
-from tests.flaky import FAULTS, Fault, Killed
+from tests.flaky import FAULTS, FULL, Fault, Killed
 from tests.images.helpers import content, put
 from tests.left_behind import BODY, committed, complete, interrupted
 from tests.rooms import SITE, Rooms
@@ -83,6 +85,71 @@ class TestOwners:
         rooms.maintenance.start_sweep()
         assert records.get(image.id).status is Status.DOWNLOADING
         assert rooms.claims() == set()
+
+
+@pytest.mark.parametrize("source", ["", "http://source.example/1"], ids=["an upload", "a fetch"])
+class TestMeanwhile:
+    """The record is written between the look at it and its end: by a request of the last run that comes late, or by
+    somebody else."""
+
+    def test_complete(self, rooms: Rooms, records: SharedRecords, source: str) -> None:
+        """The last run's last step arrives: then the image is whole, and its bytes stay."""
+        image = committed(rooms, source)
+        digest = hashlib.sha256(content(rooms.disk, image.id)).hexdigest()
+        rooms.faults.at("update", 1, lambda: records.update(image.completed(5, digest)))
+        rooms.maintenance.start_sweep()
+        assert records.get(image.id).status is Status.COMPLETE
+        rooms.check_settled()
+        assert rooms.take_turns() == []
+
+    def test_progress(self, rooms: Rooms, records: SharedRecords, source: str) -> None:
+        """A report of the last run arrives: it is settled all the same."""
+        image = committed(rooms, source)
+        rooms.faults.at("update", 1, lambda: records.update(image.progressed(4)))
+        rooms.maintenance.start_sweep()
+        assert records.get(image.id).status is (Status.PENDING if source else Status.ERROR)
+        assert list(rooms.disk.ids()) == []
+        assert rooms.claims() == set(rooms.take_turns()) == ({image.id} if source else set())
+
+    def test_deleted(self, rooms: Rooms, records: SharedRecords, source: str) -> None:
+        image = committed(rooms, source)
+        rooms.faults.at("update", 1, lambda: records.delete(image.id))
+        rooms.maintenance.start_sweep()
+        rooms.check_settled()
+
+    def test_failed(self, rooms: Rooms, records: SharedRecords, source: str) -> None:
+        image = committed(rooms, source)
+        rooms.faults.at("update", 1, lambda: records.update(image.progressed(0).failed("by another")))
+        rooms.maintenance.start_sweep()
+        assert records.get(image.id).error == "by another"
+        rooms.check_settled()
+
+    def test_taken_over(self, rooms: Rooms, records: SharedRecords, source: str) -> None:
+        """What another member brings in by now may be other bytes."""
+        image = committed(rooms, source)
+
+        def take_over() -> None:
+            records.update(image.started(7))
+            records.owners[image.id] = OTHER.id
+
+        rooms.faults.at("update", 1, take_over)
+        rooms.maintenance.start_sweep()
+        assert records.get(image.id).expected_size == 7
+        assert (list(rooms.disk.ids()), rooms.claims(), rooms.take_turns()) == ([], set(), [])
+
+
+@pytest.mark.parametrize("source", ["", "http://source.example/1"], ids=["an upload", "a fetch"])
+def test_bytes_make_room_for_the_record(images: MemoryImageStore, source: str) -> None:
+    """Records that nobody shares may be on the disk that the bytes have filled: these go then, and the next sweep does
+    not need them to know whose transfer it was."""
+    records = MemoryMetadataStore(Member(images.member, SITE, ""))
+    images.mark(records.identity)
+    rooms = Rooms(images, records)
+    image = committed(rooms, source)
+    rooms.faults.plan = lambda _number, call: FULL if call in ("update", "claim") and list(images.ids()) else None
+    assert swept(rooms) or swept(rooms)
+    assert records.get(image.id).status is (Status.PENDING if source else Status.ERROR)
+    assert rooms.claims() == set(rooms.take_turns()) == ({image.id} if source else set())
 
 
 class TestHolders:
