@@ -303,12 +303,22 @@ class EtcdMetadataStore:
         return tuple(found.parts.values()) if done.outcome.repeated else ()
 
     def _delete_from_full(self, image: Image) -> Sequence[KeyValue]:
-        """In two steps, for want of a better way; a claim that is left between them is replaced by a later create."""
+        """In steps, for want of a better way; a claim that is left between them is replaced by a later create."""
         start, claim = self._layout.image(image.id), self._layout.source(image.source)
         deleted = self._keys.delete(image.id, start, end_of(start))
-        if any(item.text == image.id for item in self._etcd.range(claim).items):
-            self._etcd.delete(claim)
+        for item in self._etcd.range(claim).items:
+            if item.text == image.id:
+                self._delete_claim(item)
         return deleted
+
+    def _delete_claim(self, claim: KeyValue) -> None:
+        """Not that of a newer image, which another member may have created in an etcd that is full no more."""
+        try:
+            self._etcd.transact([modified_at(claim.key, claim.modified)], [delete(claim.key)])
+        except NoSpace:
+            # It is still full, and so takes neither a comparison nor a newer claim. Should it get room, and the source
+            # a newer image, before it takes this one: the next start of any member claims the source for that anew.
+            self._etcd.delete(claim.key)
 
     def _claiming(self, image: Image) -> Sequence[Operation]:
         """What claims the image's source, if it has one that nobody has claimed."""

@@ -7,13 +7,14 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
+from typing import Any
 
 import pytest
 
 from imgsvc.errors import NoSpace
 from imgsvc.etcd import Etcd
 from imgsvc.etcd_layout import Layout
-from imgsvc.etcd_messages import put
+from imgsvc.etcd_messages import Page, put
 from imgsvc.metadata.etcd import EtcdMetadataStore
 from imgsvc.metadata.image import Image, ImageType, Status, new_id
 from tests.etcd_cluster import QUOTA, EtcdCluster
@@ -108,3 +109,25 @@ class TestFull:
             assert listed(store) == [created]
             assert store.delete(created.id) == created
             assert raw.all() == {}
+
+    def test_a_cluster_that_gets_room_meanwhile(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Just then another member fetches from the same source anew: its claim stays."""
+        with ExitStack() as stack:
+            cluster = stack.enter_context(closing(EtcdCluster(flags=[QUOTA])))
+            store, other = (stack.enter_context(closing(open_store(cluster.endpoints, "/full"))) for _ in range(2))
+            doomed = store.create(image(SOURCE))
+            other.ping()
+            cluster.fill()
+            newer: list[Image] = []
+            read = store.etcd.range
+
+            def read_long_ago(key: str, *args: Any, **kwargs: Any) -> Page:
+                page = read(key, *args, **kwargs)
+                if key == Layout("/full").source(SOURCE):
+                    cluster.make_room()
+                    newer.append(other.create(image(SOURCE)))
+                return page
+
+            monkeypatch.setattr(store.etcd, "range", read_long_ago)
+            store.delete(doomed.id)
+            assert [other.get_by_source(SOURCE)] == newer
