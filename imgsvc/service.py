@@ -118,6 +118,9 @@ class ImageService:
         Raises Invalid unless the source is an absolute http(s) URL."""
         check_source(source)
         while True:
+            with contextlib.suppress(NotFound):
+                # Before anything is claimed: a known source takes no room, and there may be none.
+                return self._fetch_again(self._records.get_by_source(source), expected_sha256)
             image = Image(id=new_id(), type=image_type, source=source, comment=comment, expected_sha256=expected_sha256)
             self._images.claim(image.id)
             try:

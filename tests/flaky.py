@@ -39,6 +39,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     "update": (LOST, UNKNOWN, FULL),
     "delete": (LOST, UNKNOWN),
     "get": (LOST,),
+    "get_by_source": (LOST,),
     "may_own": (LOST,),
     "carrier": (LOST,),
     "expect": (LOST, UNKNOWN, FULL),

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from imgsvc.errors import Conflict, FetchFailed, Invalid, NotFound, Unavailable
 from imgsvc.metadata.image import Image, ImageType, Status, new_id
-from tests.flaky import LOST, UNKNOWN, Fault
+from tests.flaky import FULL, LOST, UNKNOWN, Fault
 from tests.left_behind import complete
 from tests.rooms import Rooms, wait_until
 
@@ -46,6 +46,29 @@ def test_a_create_whose_outcome_is_not_known(rooms: Rooms, fault: Fault) -> None
     rooms.settlements.retry()
     assert set(rooms.listed()) == rooms.claims() == ({told.id} if told else set())
     assert rooms.take_turns() == ([told.id] if told else [])
+
+
+def test_a_known_source(rooms: Rooms) -> None:
+    """It takes nothing on the disk to be answered with its image, which is what counts when there is nothing left."""
+    first = fetch(rooms)
+    rooms.faults.always("claim", "create", fault=FULL)
+    assert fetch(rooms) == first
+    rooms.faults.heal()
+    assert rooms.claims() == {first.id}
+    assert rooms.take_turns() == [first.id]
+
+
+def test_a_source_that_others_take_meanwhile(rooms: Rooms) -> None:
+    """Who looked for it in vain, and comes second, is answered with the image of the first, and leaves no claim."""
+    made: list[Image] = []
+
+    def first() -> None:
+        rooms.faults.heal()
+        made.append(fetch(rooms))
+
+    rooms.faults.at("create", 1, first)
+    assert [fetch(rooms)] == made
+    assert rooms.claims() == {made[0].id}
 
 
 def test_a_source_in_the_last_moment_of_its_failing_fetch(rooms: Rooms) -> None:

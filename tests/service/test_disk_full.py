@@ -152,6 +152,24 @@ def test_another_program_fills_the_disk(small_disk: Path, start_service: StartSe
     assert service.upload(bytes(4 * MIB))["status"] == "complete"
 
 
+def test_a_known_source(mount: Mount, start_service: StartService, records: Settings, tmp_path: Path) -> None:
+    """When not one more file can be made, a POST of it is answered with its image; one of another is 507."""
+    directory = tmp_path / "images"
+    directory.mkdir()
+    mount("-t", "tmpfs", "-o", f"size={DISK},nr_inodes=100", "imgsvc-test", directory)
+    service = start_service(image_store_config_dir=directory, **records)
+    with Source() as source:
+        known = service.fetch(source.serve("/known", b"bytes"))
+        image = service.wait_status(known["id"], "complete")
+        left = os.statvfs(directory).f_favail
+        for number in range(left):
+            (directory / f"of-others-{number}").touch()
+        answers = [service.post({"source": known["source"], "type": "kvm"})]
+        answers.append(service.post({"source": f"{source.url}/other", "type": "kvm"}))
+    assert [answer.status for answer in answers] == [202, 507]
+    assert answers[0].json() == image
+
+
 def test_a_start_on_a_full_disk(small_disk: Path, start_service: StartService, records: Settings) -> None:
     """Killed in mid-upload with the disk full, the service starts again, settles what it left, and deletes."""
     service = start_service(small_disk / "data", **records, disk_reserve=0)
