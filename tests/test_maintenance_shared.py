@@ -17,7 +17,7 @@ from imgsvc.images.memory import MemoryImageStore
 from imgsvc.metadata.image import Status, new_id
 from imgsvc.metadata.memory import MemoryMetadataStore
 from imgsvc.metadata.store import Member
-from tests.flaky import FAULTS, FULL, Fault, Killed
+from tests.flaky import FAULTS, FULL, LOST, Fault, Killed
 from tests.images.helpers import content, put
 from tests.left_behind import BODY, committed, complete, interrupted
 from tests.rooms import SITE, Rooms
@@ -101,6 +101,23 @@ class TestMeanwhile:
         assert records.get(image.id).status is Status.COMPLETE
         rooms.check_settled()
         assert rooms.take_turns() == []
+
+    def test_complete_and_nobody_answers(self, rooms: Rooms, records: SharedRecords, source: str) -> None:
+        """The same, when it cannot be found out then: the bytes stay until that is known."""
+        image = committed(rooms, source)
+        digest = hashlib.sha256(content(rooms.disk, image.id)).hexdigest()
+
+        def plan(_number: int, call: str) -> Fault | None:
+            if call == "update" and records.get(image.id).in_transfer:
+                records.update(image.completed(5, digest))
+            return LOST if call == "get" else None
+
+        rooms.faults.plan = plan
+        assert not swept(rooms)
+        rooms.faults.heal()
+        assert swept(rooms)
+        assert records.get(image.id).status is Status.COMPLETE
+        rooms.check_settled()
 
     def test_progress(self, rooms: Rooms, records: SharedRecords, source: str) -> None:
         """A report of the last run arrives: it is settled all the same."""
