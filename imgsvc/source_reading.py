@@ -104,8 +104,7 @@ class Reading:
         while self._stretches:
             ended = self._requests.step(_TICK)
             if self._lied:
-                self.alone, self._lied = True, False
-                self._ask_anew(self.version.url)
+                self._disbelieve()
             for request, code, message in ended:
                 self._ended(request, code, message)
             self._hand_on()
@@ -145,6 +144,14 @@ class Reading:
     def _deliver(self, pieces: list[bytes]) -> None:
         for data in pieces:
             self._sink.piece(data)
+
+    def _disbelieve(self) -> None:
+        """All that came is void, and the whole is asked for, alone. First that is told, and then asked: should we end
+        before there is an answer, nobody goes on behind what the source sent."""
+        self.alone, self._lied = True, False
+        self.version = Version(self.version.url)
+        self._unhurried(self._sink.begin, self.version, 0)
+        self._ask_anew(self.version.url)
 
     # One connection.
 

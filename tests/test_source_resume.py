@@ -85,7 +85,20 @@ class TestSameVersion:
     def test_a_rest_that_is_too_long(self, source: http.Source) -> None:
         """Where its length was not announced, nothing of it is believed, and the whole is asked for."""
         sink = go_on(source.serve("/image", longer))
-        assert (sink.offsets, bytes(sink.body)) == ([OFFSET, 0], BODY)
+        assert (sink.offsets, bytes(sink.body)) == ([OFFSET, 0, 0], BODY)
+
+    def test_no_whole_after_a_rest_that_is_too_long(self, source: http.Source) -> None:
+        """What is not believed is forgotten before anything else is asked for, and not gone on with."""
+        url = source.serve("/image", lambda asked: http.Resource(garbage=b"") if asked.number else longer(asked))
+        sink = Collected(body=bytearray(BODY[:OFFSET]))
+        fetch = reader(url, sink, Version(url, OLD, len(BODY)))
+        with pytest.raises(Interrupted):
+            fetch.read(OFFSET)
+        assert sink.body == b""
+        source.serve("/image", http.Resource(BODY, etag=OLD))
+        fetch.read(OFFSET)
+        assert sink.body == BODY
+        assert asked(source)[-1] is None
 
 
 def longer(exchange: http.Exchange) -> http.Resource:

@@ -9,6 +9,7 @@ import random
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,32 @@ class TestRetries:
         first, second, third = (exchange.began for exchange in source.exchanges)
         assert 0.2 < second - first < 1.9
         assert 2.0 <= third - second < 4.0
+
+    @pytest.mark.parametrize("killed", [False, True])
+    def test_caught_lying(self, patient: Service, source: Source, *, killed: bool) -> None:
+        """A part with a byte too many is not believed: nobody goes on behind it, although the source breaks off, or the
+        service is killed, before the whole has come."""
+        lie = bytes(len(BODY) - 2 * MIB + 1)
+
+        def answer(exchange: Exchange) -> Resource:
+            match exchange.number:
+                case 0:
+                    return Resource(BODY, etag=ETAG, cut_after=2 * MIB)
+                case 1:
+                    part = GOOD.answer_to(exchange)
+                    assert exchange.first == 2 * MIB
+                    return replace(part, body=lie, chunked=True, rate=3.0 * MIB)
+                case 2:
+                    return Resource(hold=True) if killed else Resource(garbage=b"")
+            return GOOD.answer_to(exchange)
+
+        image = patient.fetch(source.serve("/image", answer))
+        source.wait_asked("/image", count=3)
+        if killed:
+            patient.kill()
+            patient.start()
+        assert_whole(patient, image)
+        assert [exchange.range for exchange in source.exchanges[2:]] == [None, None]
 
     def test_not_there_yet(self, patient: Service) -> None:
         """A server that is down for a moment is waited for."""
