@@ -86,7 +86,8 @@ class FileWriter:
             self._open()
             notes = self._directory.open(self._notes, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             try:
-                write_all(notes, f"{line}\n".encode())
+                # On a line of its own, also behind one of which a full disk or a loss of power left a part.
+                write_all(notes, f"\n{line}\n".encode())
             finally:
                 os.close(notes)
 
@@ -98,7 +99,7 @@ class FileWriter:
             except FileNotFoundError:
                 return ()
             with os.fdopen(descriptor, encoding="utf-8", errors="replace") as notes:
-                return [line.removesuffix("\n") for line in notes if line.endswith("\n")]
+                return [line.removesuffix("\n") for line in notes if line.endswith("\n") and line != "\n"]
 
     def follow(self, size: int) -> FileReader:
         # Without the lock: a slow disk may have it for long.

@@ -88,11 +88,12 @@ class ImageWriter(Protocol):
         """Drops all but the first `size` bytes."""
 
     def note(self, line: str) -> None:
-        """Keeps a line of text for whoever goes on with the image, after `close` or a crash. Notes go with `commit`,
-        `abort` and a writer that begins anew. They are no safer from a loss of power than the bytes are."""
+        """Keeps a line of text, which is not empty, for whoever goes on with the image, after `close` or a crash. Notes
+        go with `commit`, `abort` and a writer that begins anew. They are no safer from a loss of power than the bytes
+        are."""
 
     def notes(self) -> Sequence[str]:
-        """In the order in which they were made; one that a crash cut is not among them."""
+        """In the order in which they were made. One whose `note` did not return may be among them, or a part of it."""
 
     def follow(self, size: int) -> ImageReader:
         """A reader of the image that will have `size` bytes, for as far as it is written: to ask for more raises

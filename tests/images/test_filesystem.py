@@ -346,7 +346,7 @@ def test_another_directory_in_its_place(store: FilesystemImageStore, directory: 
 
 
 def test_notes_after_a_crash(tmp_path: Path) -> None:
-    """A note that was cut is none; notes without their image go at the next opening."""
+    """A note that was cut spoils no other; notes without their image go at the next opening."""
     image_id, gone = new_id(), new_id()
     with closing(FilesystemImageStore(tmp_path / "images")) as store:
         store.mark("records")
@@ -360,4 +360,6 @@ def test_notes_after_a_crash(tmp_path: Path) -> None:
         assert list(store.unfinished()) == [image_id]
         with closing(store.writer(image_id, keep=True)) as writer:
             assert list(writer.notes()) == ["whole"]
+            writer.note("the next")
+            assert list(writer.notes()) == ["whole", "cu", "the next"]
     assert not (incoming / f"{gone}.notes").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -63,6 +63,29 @@ def fill(store: FilesystemImageStore, image_id: str) -> int:
 def make_files(directory: Path, number: int) -> None:
     for name in range(number):
         (directory / f"{name}").touch()
+
+
+def test_disk_full_in_the_middle_of_a_note(small_store: FilesystemImageStore, tmpfs: Path) -> None:
+    """The next one that is noted is there as it was given."""
+    line, filler = "x" * 1000, tmpfs / "of others"
+
+    def until_full(write: Callable[[], object]) -> None:
+        for _ in range(10_000):
+            write()
+
+    with closing(small_store.writer(new_id())) as writer:
+        writer.note(line)
+        with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="space"):
+            until_full(lambda: file.write(bytes(BLOCK)))
+        with pytest.raises(NoSpace):
+            until_full(lambda: writer.note(line))
+        filler.unlink()
+        before = list(writer.notes())
+        assert set(before) == {line}
+        writer.note("the next")
+        *others, cut, last = writer.notes()
+        assert (others, last) == (before, "the next")
+        assert 0 < len(cut) < len(line)
 
 
 def test_disk_full(small_store: FilesystemImageStore) -> None:

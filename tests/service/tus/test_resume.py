@@ -213,8 +213,7 @@ def leave_zeros(tus: Tus, path: str, size: int, sha256: str) -> None:
     """As if so many had come; they are a hole in the file."""
     os.truncate(bytes_of(tus, path), size)
     with notes_of(tus, path).open("r+") as notes:
-        mark = json.loads(notes.readline())["mark"]
-        notes.seek(0, os.SEEK_END)
+        mark = json.loads(notes.read().splitlines()[1])["mark"]  # each has an empty line before it
         notes.write(json.dumps({"size": size, "sha256": sha256, "mark": mark, "at": time.time()}) + "\n")
 
 
