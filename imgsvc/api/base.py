@@ -251,7 +251,8 @@ class BaseHandler(RequestHandler):
             log.error("request failed", exc_info=value, path=self.request.path)
 
     def write(self, chunk: str | bytes | dict[str, Any]) -> None:
-        data = chunk.encode() if isinstance(chunk, str) else chunk
+        # Records and names of others may have what is no text.
+        data = chunk.encode(errors="replace") if isinstance(chunk, str) else chunk
         if self.request.method != "HEAD":
             self._bytes_out += len(data)
         super().write(data)
@@ -289,7 +290,7 @@ class BaseHandler(RequestHandler):
 
     def _write_error_document(self, error: BaseException, **headers: str) -> None:
         status = status_of(error)
-        document = error_document(error, expose_stack=self.context.settings.expose_stack).encode()
+        document = error_document(error, expose_stack=self.context.settings.expose_stack).encode(errors="replace")
         self.clear()
         self.set_status(status, REASONS.get(status))
         if status == HTTPStatus.METHOD_NOT_ALLOWED:

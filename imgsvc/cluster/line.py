@@ -60,9 +60,14 @@ class Line:
         self._rest = b""
         self._left = 0
         self._keeps = True
-        parts = urlsplit(url)
-        self._host = parts.netloc.rpartition("@")[2]
-        self._socket = _connected(parts.hostname or "", parts.port, parts.scheme == "https", patience)
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+            self._host = parts.netloc.rpartition("@")[2]
+            self._host.encode("latin-1")  # as it will be sent
+        except ValueError as error:
+            raise PeerFailed(f"its URL {url!r} is none: {error}") from error
+        self._socket = _connected(parts.hostname or "", port, parts.scheme == "https", patience)
 
     @property
     def reusable(self) -> bool:
@@ -190,20 +195,22 @@ def _addresses(host: str, port: int, patience: float) -> list[tuple[int, tuple[s
 
 
 def _looked_up(host: str, port: int, patience: float) -> list[tuple[int, tuple[str, int]]]:
-    answers: queue.SimpleQueue[list[tuple[int, tuple[str, int]]] | OSError] = queue.SimpleQueue()
+    answers: queue.SimpleQueue[list[tuple[int, tuple[str, int]]] | str] = queue.SimpleQueue()
 
     def look_up() -> None:
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
             answers.put([(family, (str(name[0]), port)) for family, _, _, _, name in found])
         except OSError as error:
-            answers.put(error)
+            answers.put(error.strerror or str(error))
+        except UnicodeError as error:
+            answers.put(str(error))
 
     threading.Thread(target=look_up, name="peer-name", daemon=True).start()
     try:
         answer = answers.get(timeout=patience)
     except queue.Empty:
         raise PeerFailed(f"nobody said within {patience:g} seconds which address {host} has") from None
-    if isinstance(answer, OSError):
-        raise PeerFailed(f"cannot find the address of {host}: {answer.strerror}") from answer
+    if isinstance(answer, str):
+        raise PeerFailed(f"cannot find the address of {host}: {answer}")
     return answer

@@ -32,4 +32,4 @@ def place(image_id: str, member: str, others: Iterable[str], limit: int) -> int:
 
 
 def _weight(image_id: str, member: str) -> tuple[bytes, str]:
-    return hashlib.blake2b(f"{image_id}/{member}".encode(), digest_size=8).digest(), member
+    return hashlib.blake2b(f"{image_id}/{member}".encode(errors="surrogatepass"), digest_size=8).digest(), member

@@ -48,3 +48,11 @@ def test_the_place_is_that_in_the_order() -> None:
 def test_the_order_is_for_ever() -> None:
     """Members of two versions of the program must come to the same: this is what it always was."""
     assert ranked(IMAGES[7], MEMBERS[:4]) == ["member-3", "member-0", "member-2", "member-1"]
+
+
+def test_a_name_that_is_no_text() -> None:
+    """A key of somebody else may have one, and has a place as any other."""
+    odd = [*MEMBERS, "\udcff"]
+    orders = [ranked(image_id, odd) for image_id in IMAGES[:100]]
+    assert {order[0] for order in orders} == set(odd)
+    assert all(place(IMAGES[n], "\udcff", odd, 99) == order.index("\udcff") for n, order in enumerate(orders))
