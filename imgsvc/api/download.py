@@ -53,7 +53,7 @@ class DownloadHandler(BaseHandler):
             raise
         finally:
             # With the last reader of a deleted image its blocks are freed, which takes some file systems seconds.
-            await self.context.reads_pool.run(reader.close)
+            self.context.in_background(self.context.reads_pool.run(reader.close))
 
     head = get
 
