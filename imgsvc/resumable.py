@@ -57,10 +57,10 @@ class Resumable:
         metadata: str,
         expire: float,
         touched: float,
-        verified: bool,
+        left: int | None = None,
     ) -> None:
-        """The transfer is paused. `expire` is in seconds, `touched` the Unix time of the last byte. What an earlier run
-        left is not `verified` until `verify`."""
+        """The transfer is paused. `expire` is in seconds, `touched` the Unix time of the last byte. So many bytes were
+        `left` by an earlier run, to be verified by `verify`; None when there was none."""
         self.transfer = transfer
         self._open_writer = open_writer
         self.metadata = metadata
@@ -68,7 +68,7 @@ class Resumable:
         self.touched = touched
         # The `touched` by which others were told how long they are to wait for us; None before they were.
         self.told: float | None = None
-        self._verified = verified
+        self._left = left
         self.lock = threading.RLock()
         self.request: Request | None = None
 
@@ -120,7 +120,7 @@ class Resumable:
                 self.transfer.start(self.transfer.image.expected_size)
             finally:
                 self.transfer.pause()
-            self._verified = True
+            self._left = None
 
     def finish(self) -> None:
         """Completes it when it has all its bytes, and the request that brought the last one ended before it had done
@@ -134,7 +134,7 @@ class Resumable:
     def abandon(self, now: float) -> None:
         """Gives it up when it is too long, at the Unix time `now`, since the last byte came, unless all are there."""
         with self._idle() as idle:
-            if idle and now >= self._expires and not self._has_all:
+            if idle and now >= self._expires and not self._may_have_all:
                 self.transfer.abort(Gone(f"the upload was abandoned: no byte came for {self._expire:g} seconds"))
 
     @property
@@ -143,7 +143,12 @@ class Resumable:
 
     @property
     def _has_all(self) -> bool:
-        return self.transfer.size == self.transfer.image.expected_size
+        return self._left is None and self.transfer.size == self.transfer.image.expected_size
+
+    @property
+    def _may_have_all(self) -> bool:
+        """What was left is known when it is verified."""
+        return self._has_all or (self._left is not None and self._left >= self.transfer.image.expected_size)
 
     def _commit(self) -> Request:
         """What a request without bytes would do now. Its client may never send one: it was told that all are there."""
@@ -157,9 +162,8 @@ class Resumable:
 
     @contextlib.contextmanager
     def _idle(self) -> Iterator[bool]:
-        """Whether nobody is at it, and then nobody else comes. What an earlier run left may have all its bytes, which is
-        known when it is verified."""
-        if not self._verified or not self.lock.acquire(blocking=False):
+        """Whether nobody is at it, and then nobody comes."""
+        if not self.lock.acquire(blocking=False):
             yield False
             return
         try:
@@ -170,7 +174,7 @@ class Resumable:
     @contextlib.contextmanager
     def _quiet(self) -> Iterator[None]:
         """Without anything going on."""
-        if not self._verified:
+        if self._left is not None:
             raise Unavailable("what came before the service was started again is being verified")
         if not self.lock.acquire(timeout=_PATIENCE):
             raise Locked("another request is being finished")

@@ -124,7 +124,7 @@ class Uploads:
             transfer.abort(error)
             raise
         transfer.pause()
-        upload = self._add(transfer, metadata, touched, verified=True)
+        upload = self._add(transfer, metadata, touched)
         upload.told = touched
         return upload.look()
 
@@ -175,18 +175,18 @@ class Uploads:
     def _take_unfinished(self, image: Image) -> bool:
         writer = self._images.writer(image.id, keep=True)
         try:
-            left = look_back(writer.notes())
+            left, size = look_back(writer.notes()), writer.size
         finally:
             writer.close()
         match left:
             case ({"kind": str(kind), "metadata": str(metadata)} as origin, moment) if kind == _KIND:
                 transfer = self._transfers.resume(image)
-                upload = self._add(transfer, metadata, moment, verified=False)
+                upload = self._add(transfer, metadata, moment, left=size)
                 self._to_verify.append(functools.partial(self._verify, upload, origin))
                 return True
         return False
 
-    def _add(self, transfer: Transfer, metadata: str, touched: float, *, verified: bool) -> Resumable:
+    def _add(self, transfer: Transfer, metadata: str, touched: float, *, left: int | None = None) -> Resumable:
         image_id = transfer.image.id
         upload = Resumable(
             transfer,
@@ -194,7 +194,7 @@ class Uploads:
             metadata=metadata,
             expire=self._expire,
             touched=touched,
-            verified=verified,
+            left=left,
         )
         with self._lock:
             self._uploads[image_id] = upload

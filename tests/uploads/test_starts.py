@@ -99,6 +99,19 @@ def test_deleted_while_it_is_verified(disk: Place) -> None:
     rooms.check_settled()
 
 
+def test_expired_before_it_is_verified(disk: Place) -> None:
+    """It is not read for nothing, be there others that wait for that."""
+    client = begun(disk)
+    rooms = disk.open()
+    rooms.maintenance.start_sweep()
+    rooms.uploads._uploads[client.id].touched -= 3600
+    rooms.uploads._look_after(rooms.uploads._all())
+    assert rooms.base.get(client.id).status is Status.ERROR
+    rooms.verify_uploads()
+    assert "read" not in rooms.faults.calls
+    rooms.check_settled()
+
+
 def test_stopped_while_it_is_verified(disk: Place) -> None:
     """Nothing of it is lost; the next start verifies it anew."""
     client = begun(disk)
