@@ -12,6 +12,8 @@ from imgsvc.etcd_messages import KeyValue, modified_at, put, read
 _ANSWER_SECONDS = 1.0
 # Notes that others are quicker with; more in a row is no accident.
 _ATTEMPTS = 20
+# Of a number that is ours.
+_MOST_DIGITS = 18
 
 
 class NotedCount:
@@ -72,7 +74,8 @@ class NotedCount:
 
     def _take(self, found: Sequence[KeyValue]) -> bool:
         """Goes on from what is there, unless that is less."""
-        number = int(found[0].text) if found and found[0].text.isdecimal() else 0
+        text = found[0].text if found else ""
+        number = int(text) if text.isdecimal() and len(text) <= _MOST_DIGITS else 0
         if number < self._number:
             return False
         self._number, self._modified = number, found[0].modified if found else 0

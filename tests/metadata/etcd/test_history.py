@@ -119,7 +119,7 @@ def test_a_note_whose_answer_is_lost(etcd: EtcdCluster, etcd_prefix: str, proxy:
         assert store.identity == identity
 
 
-@pytest.mark.parametrize("left", ["", "1"], ids=["gone", "less"])
+@pytest.mark.parametrize("left", ["", "1", "9" * 5000], ids=["gone", "less", "nonsense"])
 def test_etcd_has_less(store: OwnedEtcdStore, raw: Raw, left: str) -> None:
     """As one that was restored under a watch that has not noticed: a note does not hide that, and the records get
     another name, once. Whoever deletes the key by hand has the same, which loses nothing."""
