@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import configparser
 import contextlib
+import subprocess
 import time
 from pathlib import Path
 
@@ -14,9 +16,33 @@ from tests.harness import Service, wait_for
 from tests.service.conftest import Settings, StartService, on_etcd
 from tests.service.helpers import begin_upload
 
+UNIT = Path(__file__).parents[2] / "systemd" / "imgsvc.service"
 MIB = 1 << 20
 PASSWORD = "s3cret-of-the-tests"
 LEFT_ALONE = "images without a record are left alone: the directory was not filled with these records"
+
+
+def seen_by_the_unit(command: list[str]) -> list[str]:
+    """What runs it with the `/proc` that the systemd unit gives it. Skips where that cannot be made."""
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.read(UNIT)
+    names = {"ProtectProc": "hidepid", "ProcSubset": "subset"}
+    options = ",".join(f"{option}={unit['Service'][name]}" for name, option in names.items() if name in unit["Service"])
+    mount = f'mount -t proc -o {options} proc /proc && exec "$@"'
+    inside = ["unshare", "--mount", "--propagation", "private", "sh", "-c", mount, "sh"]
+    tried = subprocess.run([*inside, "true"], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"no other /proc can be had here: {tried.stderr.strip()}")
+    return [*inside, *command]
+
+
+def test_a_member_in_the_sandbox_of_its_unit(etcd: EtcdCluster, etcd_prefix: str, tmp_path: Path) -> None:
+    """Which hides most of /proc."""
+    service = Service(tmp_path / "data", **on_etcd(etcd, etcd_prefix))
+    service.command = seen_by_the_unit(service.command)
+    with service:
+        image = service.upload(b"content")
+        assert service.download(image["id"]).body == b"content"
 
 
 def test_etcd_is_away(own_etcd: EtcdCluster, tmp_path: Path) -> None:
