@@ -77,7 +77,8 @@ class Shortages:
             self.forget(known.id)
             return None
         if shortage is None:
-            if len(self._known) >= _MOST:
+            # Those which this member has are none of its business, but for what they tell of others.
+            if len(self._known) >= (_MOST // 2 if self._me in known.replicas else _MOST):
                 return None
             shortage = self._known[known.id] = Shortage(time.monotonic(), known.replicas)
         shortage.seen = self._round
@@ -123,12 +124,15 @@ class Shortages:
         A handful of digests for most; one for every live member only when those before this one have had their time.
         """
         patience = self._patience(known.size)
-        waited = time.monotonic() - shortage.since
+        now = time.monotonic()
+        waited = now - shortage.since
         passed = int(waited / patience)
         missing = self._wanted - presence.counting(known.replicas)
         others = self._candidates(known, presence)
         before = missing + passed if others is None else place(known.id, self._me, others, missing + passed)
         if before >= missing + passed:
+            if now < shortage.due < math.inf:
+                return shortage.due  # when it is looked at anyway
             # Less and less often: there may be very many that nobody can copy.
             return shortage.since + max((passed + 1) * patience, waited * 1.1)
         turn = shortage.since
