@@ -45,7 +45,7 @@ class Progress:
 class Resumable:
     """Every method may be called from any thread, and may block. Each raises what the transfer was cancelled with.
 
-    While no request brings bytes, the transfer is paused, and no file is open. `lock`, `request`, `touched` and
+    While no request brings bytes, the transfer is paused, and no file is open. `lock`, `request`, `touch` and
     `progress` are for its requests alone.
     """
 
@@ -66,6 +66,8 @@ class Resumable:
         self.metadata = metadata
         self._expire = expire
         self.touched = touched
+        # By a clock that nobody sets: a day that was skipped is none in which the client could have come.
+        self._idle_since = _clock() - max(time.time() - touched, 0.0)
         # The `touched` by which others were told how long they are to wait for us; None before they were.
         self.told: float | None = None
         self._left = left
@@ -131,15 +133,15 @@ class Resumable:
             request = self._commit()
         request.complete()
 
-    def abandon(self, now: float) -> None:
-        """Gives it up when it is too long, at the Unix time `now`, since the last byte came, unless all are there."""
+    def abandon(self) -> None:
+        """Gives it up when it is too long since the last byte came, unless all are there."""
         with self._idle() as idle:
-            if idle and now >= self._expires and not self._may_have_all:
+            if idle and _clock() >= self._idle_since + self._expire and not self._may_have_all:
                 self.transfer.abort(Gone(f"the upload was abandoned: no byte came for {self._expire:g} seconds"))
 
-    @property
-    def _expires(self) -> float:
-        return self.touched + self._expire
+    def touch(self) -> None:
+        """A byte has come."""
+        self.touched, self._idle_since = time.time(), _clock()
 
     @property
     def _has_all(self) -> bool:
@@ -158,7 +160,7 @@ class Resumable:
 
     def progress(self) -> Progress:
         offset, image = self.transfer.checkpoint(), self.transfer.image
-        return Progress(image, offset, image.expected_size, self.metadata, self._expires)
+        return Progress(image, offset, image.expected_size, self.metadata, self.touched + self._expire)
 
     @contextlib.contextmanager
     def _idle(self) -> Iterator[bool]:
@@ -214,7 +216,7 @@ class Request:
             if self._digest is not None:
                 self._digest.update(block)
             self._transfer.feed(block)
-            self.upload.touched = time.time()
+            self.upload.touch()
 
     def commit(self) -> None:
         """All its bytes were fed. Those of a whole upload are put on the disk for good, with what `Transfer.commit`
@@ -275,3 +277,8 @@ class Request:
         self._ended = reason
         self.upload.request = None
         self._transfer.pause()
+
+
+def _clock() -> float:
+    """Seconds since the machine was booted, which nobody sets, and which go on while it sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)

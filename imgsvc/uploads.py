@@ -246,7 +246,7 @@ class Uploads:
     def _look_after(self, uploads: Sequence[Resumable]) -> None:
         for upload in uploads:
             self._finish(upload)
-            upload.abandon(time.time())
+            upload.abandon()
         self._tell_others_again([upload for upload in uploads if not upload.transfer.over])
 
     def _finish(self, upload: Resumable) -> None:

@@ -104,7 +104,7 @@ def test_expired_before_it_is_verified(disk: Place) -> None:
     client = begun(disk)
     rooms = disk.open()
     rooms.maintenance.start_sweep()
-    rooms.uploads._uploads[client.id].touched -= 3600
+    rooms.uploads._uploads[client.id]._idle_since -= 3600
     rooms.uploads._look_after(rooms.uploads._all())
     assert rooms.base.get(client.id).status is Status.ERROR
     rooms.verify_uploads()
