@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import structlog
 
-from imgsvc.errors import Conflict, ImgsvcError, NotFound, Stopping, Unavailable
+from imgsvc.errors import Conflict, ImgsvcError, NotFound, Stopping, Unavailable, Unreadable
 from imgsvc.images.store import ImageReader, ImageStore, is_stored
 from imgsvc.metadata.image import DAMAGED, Image, Status
 from imgsvc.metadata.store import MetadataStore, let_go
@@ -22,6 +22,8 @@ from imgsvc.whole import digest_of
 _RETRY_INTERVAL = 5.0
 # How often it is asked with one digest in hand: a minute's worth.
 _TRIES = 12
+# Seconds before a disk that did not give an image is asked once more.
+_READ_AGAIN = 1.0
 
 log = structlog.get_logger()
 
@@ -112,12 +114,33 @@ class Digests:
             return
         with contextlib.closing(reader):
             try:
-                sha256 = digest_of(reader, self._go_on)
+                sha256 = self._digest(image, reader)
             except ImgsvcError as error:
                 if not self._closing.is_set():
                     log.error("image cannot be read", image=image.id, reason=str(error))
+                if isinstance(error, Unreadable) and self.doubts(image.id):
+                    self._make_way(image, reader)
                 return
             self._insist(image, lambda: self._judge(image, sha256, reader))
+
+    def _digest(self, image: Image, reader: ImageReader) -> str:
+        try:
+            return digest_of(reader, self._go_on)
+        except Unreadable as error:
+            log.warning("image is read again", image=image.id, reason=str(error))
+        self._closing.wait(_READ_AGAIN)
+        return digest_of(reader, self._go_on)
+
+    def _make_way(self, image: Image, reader: ImageReader) -> None:
+        """Bytes that nobody vouches for, and nobody will: a good copy could not come in their place. Unless it is the
+        disk, which may be back with all of them."""
+        try:
+            self._images.ping()
+            self._images.quarantine(image.id, reader)
+        except ImgsvcError as error:
+            log.warning("image that cannot be read stays", image=image.id, reason=str(error))
+        else:
+            log.error("image set aside here: it cannot be read", image=image.id)
 
     def _go_on(self, _count: int) -> None:
         if self._closing.is_set():

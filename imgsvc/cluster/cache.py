@@ -39,8 +39,6 @@ log = structlog.get_logger()
 class Droppers(Protocol):
     """The part of a `MetadataStore` that this needs."""
 
-    def get(self, image_id: str) -> Image: ...
-
     def drop_copy(self, image_id: str, keep: Collection[str]) -> bool: ...
 
     def hold(self, image: Image) -> None: ...
@@ -89,7 +87,7 @@ class Cache:
         self._dropping = threading.Lock()
         self._barren_until = 0.0
         # Images whose bytes are here and whose note may have gone.
-        self._unnoted: set[str] = set()
+        self._unnoted: dict[str, Image] = {}
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="cache", daemon=True)
 
@@ -184,31 +182,32 @@ class Cache:
             known = self._mirror.get(image_id)
             others = [member for member in self._mirror.members() if member in known.replicas and member != self._me]
             keep = ranked(image_id, others)[: self._wanted]
-            if len(keep) < self._wanted or not self._remove(image_id, keep):
+            if len(keep) < self._wanted or not self._remove(known.image, keep):
                 return 0
         except NotFound:
             return 0  # it was deleted
         log.info("copy dropped", image=image_id, bytes=known.size, kept_by=keep)
         return known.size
 
-    def _remove(self, image_id: str, keep: Sequence[str]) -> bool:
+    def _remove(self, image: Image, keep: Sequence[str]) -> bool:
         """The note first, then the bytes."""
-        self._unnoted.add(image_id)
-        dropped = self._records.drop_copy(image_id, keep)
+        self._unnoted[image.id] = image
+        dropped = self._records.drop_copy(image.id, keep)
         if dropped:
-            self._images.delete(image_id)
-        self._unnoted.discard(image_id)
-        if dropped and self._me in self._mirror.get(image_id).replicas and not is_stored(self._images, image_id):
+            self._images.delete(image.id)
+        self._unnoted.pop(image.id, None)
+        if dropped and self._me in self._mirror.get(image.id).replicas and not is_stored(self._images, image.id):
             # Somebody asked for a copy just now, and was told that it is here.
-            self._records.release(image_id)
+            self._records.release(image.id)
         return dropped
 
     def _note_again(self) -> None:
-        for image_id in tuple(self._unnoted):
+        for image in tuple(self._unnoted.values()):
+            # As the image was: when it was fetched again since, these bytes may be others.
             with contextlib.suppress(NotFound, Conflict):
-                self._images.size(image_id)
-                self._records.hold(self._records.get(image_id))
-            self._unnoted.discard(image_id)
+                self._images.size(image.id)
+                self._records.hold(image)
+            self._unnoted.pop(image.id, None)
 
     def _step(self) -> int:
         return round(_STEP * self._images.space().total)

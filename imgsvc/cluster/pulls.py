@@ -39,7 +39,6 @@ _KEPT_NOTHING = 1.0
 _PATIENCE = 5.0
 # Seconds between two looks at whether the service stops.
 _LOOK = 0.25
-_OTHER_BYTES = "other bytes of the image are still on their way here"
 
 log = structlog.get_logger()
 
@@ -134,7 +133,7 @@ class Pulls:
                 if pull is None:
                     pull = self._running[image.id] = self._made(image, throttle, background=True)
                 elif pull.image.sha256 != image.sha256:
-                    raise Unavailable(_OTHER_BYTES)
+                    raise self._other_bytes(pull, image)
             if mine:
                 self._run(pull)
             elif throttle is None:
@@ -199,9 +198,9 @@ class Pulls:
         with self._lock:
             pull = self._running.get(image.id)
             if pull is not None and pull.image.sha256 != image.sha256:
-                # It is about to be ended: its record has changed.
+                trouble = self._other_bytes(pull, image)
                 pull = self._made(image)
-                pull.cancel(Unavailable(_OTHER_BYTES))
+                pull.cancel(trouble)
             elif pull is None:
                 pull = self._running[image.id] = self._made(image)
                 try:
@@ -210,6 +209,12 @@ class Pulls:
                     pull.cancel(Stopping("the service is stopping"))
                     del self._running[image.id]
             return pull
+
+    def _other_bytes(self, pull: Pull, image: Image) -> Unavailable:
+        """Why nobody can follow a pull of what was another image before, or is by now. Of the two the older one ends."""
+        if pull.image.revision < image.revision:
+            pull.cancel(Conflict("the image has other bytes by now"))
+        return Unavailable("other bytes of the image are still on their way here")
 
     def _made(self, image: Image, throttle: Throttle | None = None, *, background: bool = False) -> Pull:
         return Pull(

@@ -22,6 +22,7 @@ from imgsvc.images.memory import MemoryImageStore
 from imgsvc.images.store import ImageStore
 from imgsvc.metadata.image import Image, ImageType, Status, new_id
 from imgsvc.metadata.mirror import Known, LiveMember, Mirror
+from imgsvc.metadata.store import require_same
 from imgsvc.settings import ClusterSettings
 from imgsvc.throttle import Throttle
 from tests.images.helpers import content, put
@@ -64,10 +65,8 @@ class Host:
     def drop_copy(self, image_id: str, keep: Collection[str]) -> bool:
         return self._hosts.drop(image_id, self.id, keep)
 
-    def get(self, image_id: str) -> Image:
-        return self._hosts.known(image_id).image
-
     def hold(self, image: Image) -> None:
+        require_same(self._hosts.known(image.id).image, image)
         self._hosts.hold(image.id, self.id)
 
     def release(self, image_id: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 import time
@@ -13,7 +14,7 @@ from typing import cast
 import pytest
 
 from imgsvc.cluster.cache import Cache
-from imgsvc.errors import Conflict, NoSpace, NotFound
+from imgsvc.errors import Conflict, NoSpace, NotFound, Unavailable
 from imgsvc.images.memory import MemoryImageStore
 from imgsvc.metadata.image import Image, ImageType, new_id
 from imgsvc.metadata.store import MetadataStore
@@ -152,6 +153,25 @@ def test_a_member_that_cannot_be_sure(hosts: Hosts, new_cache: NewCache, reason:
     host.mirror.heard()
     host.trusted = True
     wait_until(lambda: used(hosts) < 5 * SIZE)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_drop_whose_answer_is_lost(hosts: Hosts, new_cache: NewCache, *, changed: bool) -> None:
+    """The bytes stay and are noted again; but not as those of another image, which it may have become meanwhile."""
+    (image_id,) = hold(hosts, "host-0", "host-1")
+    faults = Faults()
+    faults.next("drop_copy", UNKNOWN)
+    cache = new_cache(watch=False, faults=faults)
+    with pytest.raises(Unavailable):
+        cache._drop_one(image_id)
+    assert hosts.holders(image_id) == {"host-1"}
+    if changed:
+        known = hosts.known(image_id)
+        other = dataclasses.replace(known.image, sha256="11" * 32)
+        hosts.everywhere(lambda mirror: mirror.put(dataclasses.replace(known, document=other.to_json())))
+    cache._note_again()
+    assert hosts.holders(image_id) == ({"host-1"} if changed else {"host-0", "host-1"})
+    assert image_id in hosts["host-0"].images.ids()
 
 
 def drop_all_at_once(caches: Sequence[Cache], size: int) -> None:

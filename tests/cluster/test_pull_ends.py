@@ -73,6 +73,21 @@ def test_other_bytes_on_their_way(members: Members) -> None:
     assert before.whole() == body
 
 
+def test_old_bytes_on_their_way(members: Members) -> None:
+    """They are not waited for: that pull ends, for those who follow as well."""
+    body = some(MIB)
+    image = members.image(body)
+    members.serve(image, Resource(body, stall_after=MIB // 2))
+    before = members.read(image)
+    wait_until(lambda: len(before.body) == MIB // 2)
+    now = dataclasses.replace(image, sha256="0" * 64, revision=image.revision + 1)
+    with pytest.raises(Unavailable, match="other bytes"):
+        members.read(now).whole()
+    with pytest.raises(Conflict):
+        before.whole()
+    check_not_kept(members, image.id)
+
+
 def test_the_service_stops(members: Members) -> None:
     """Pulls end, and leave nothing."""
     image = members.image(some(MIB))

@@ -10,6 +10,7 @@ import pytest
 from imgsvc.errors import ConfigError, ImgsvcError, PeerFailed, Unavailable
 from imgsvc.images.memory import MemoryImageStore
 from imgsvc.metadata.image import Image, Status
+from tests.flaky import DAMAGED
 from tests.harness import wait_for
 from tests.images.helpers import content, put
 from tests.left_behind import BODY, complete
@@ -97,6 +98,20 @@ def test_an_image_that_is_fetched_again_here_while_it_is_read(hosts: list[Rooms]
     assert member_of(two) in (one.base.get(image.id).replicas or ())
     assert content(two.disk, image.id) == OTHERS
     assert list(two.disk.quarantined()) == []
+
+
+@pytest.mark.parametrize(("faulty", "times"), [(["read"], 1), (["read"], 99), (["read", "ping"], 99)])
+def test_bytes_without_a_note_that_cannot_be_read(hosts: list[Rooms], faulty: list[str], times: int) -> None:
+    """They make way, or no copy could be brought here; unless they can after all, or it is the disk."""
+    one, two = hosts
+    image = complete(one)
+    put(two.disk, image.id, BODY)
+    left = iter(range(times))
+    two.faults.plan = lambda _number, name: DAMAGED if name in faulty and next(left, None) is not None else None
+    two.digests.submit(image.id, doubted=True)
+    read_all(two)
+    assert (member_of(two) in (one.base.get(image.id).replicas or ())) == (times == 1)
+    assert list(two.disk.quarantined()) == ([image.id] if (faulty, times) == (["read"], 99) else [])
 
 
 def test_a_copy_that_goes_while_it_is_read(hosts: list[Rooms]) -> None:
