@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -18,10 +19,13 @@ _log = structlog.get_logger()
 
 _BUCKET = "images"
 _NOTE = "kvite_import"
+# The keys of all records that were imported or left out.
+_KEYS = "imgsvc_kvite"
 
 
 def open_kvite(filename: Path, table: str, member: Member) -> SqliteMetadataStore:
-    """Opens the Go program's file, importing its records unless that was done before; its table stays as it was.
+    """Opens the Go program's file, importing those of its records that were not imported before; its table stays as it
+    was.
 
     Raises ConfigError when the file or the table is missing: what starts without the old records takes their images
     for orphans.
@@ -34,18 +38,44 @@ def open_kvite(filename: Path, table: str, member: Member) -> SqliteMetadataStor
 
 
 def import_kvite(connection: sqlite3.Connection, filename: Path, table: str) -> None:
-    """Copies the records of the Go program's table into ours, once, within the caller's transaction.
+    """Copies the records of the Go program's table into ours, within the caller's transaction: all, and at a later
+    start those that the Go program has added since, for their images are in the directory too. What was deleted or
+    changed here stays so.
 
     A record that cannot be read is left out, with a warning.
     """
-    if get_meta(connection, _NOTE) is not None:
-        return
+    noted = get_meta(connection, _NOTE)
+    if noted is None:
+        _require_table(connection, filename, table)
+    elif not _exists(connection, table):
+        return  # it is not needed any more
+    first = not _exists(connection, _KEYS)
+    connection.execute(f"CREATE TABLE IF NOT EXISTS {_KEYS} (key BLOB PRIMARY KEY NOT NULL) WITHOUT ROWID")
+    quoted = '"' + table.replace('"', '""') + '"'
+    added = 0
+    if noted is None or not first:  # else an earlier version imported them, and noted no keys
+        added = _import(connection, filename, table, quoted, json.loads(noted or "{}"))
+    if added or first:
+        connection.execute(
+            f"INSERT OR IGNORE INTO {_KEYS} SELECT CAST(key AS BLOB) FROM {quoted} WHERE bucket = ?",  # noqa: S608 quoted, and SQL has no parameter for a table
+            (_BUCKET,),
+        )
+
+
+def _import(connection: sqlite3.Connection, filename: Path, table: str, quoted: str, noted: dict[str, Any]) -> int:
+    """How many records were not known yet."""
     imported = left_out = 0
     claims: dict[str, Image] = {}
-    for key, value in _rows(connection, filename, table):
+    # As bytes: a record whose text is broken must not hide the others.
+    rows = connection.execute(
+        f"SELECT CAST(key AS BLOB), CAST(value AS BLOB) FROM {quoted} WHERE bucket = ?"  # noqa: S608 as above
+        f" AND CAST(key AS BLOB) NOT IN (SELECT key FROM {_KEYS}) ORDER BY rowid",
+        (_BUCKET,),
+    ).fetchall()
+    for key, value in rows:
         try:
             image = taken_over(_parsed(key, value))
-            insert_record(connection, image, claimed_source=None)
+            _insert(connection, image)
         except ValueError as error:
             left_out += 1
             _log.warning("kvite record left out", key=key.decode(errors="replace"), reason=str(error))
@@ -53,25 +83,36 @@ def import_kvite(connection: sqlite3.Connection, filename: Path, table: str) -> 
         imported += 1
         if image.source and _outranks(image, claims.get(image.source)):
             claims[image.source] = image
+    # Not where another image has the source by now.
     connection.executemany(
-        "UPDATE imgsvc_images SET source = ? WHERE id = ?", [(source, image.id) for source, image in claims.items()]
+        "UPDATE OR IGNORE imgsvc_images SET source = ? WHERE id = ?",
+        [(source, image.id) for source, image in claims.items()],
     )
-    set_meta(connection, _NOTE, json.dumps({"table": table, "imported": imported, "left_out": left_out}))
-    _log.info("kvite file imported", filename=str(filename), table=table, imported=imported, left_out=left_out)
+    if rows or not noted:
+        total = {"imported": imported + noted.get("imported", 0), "left_out": left_out + noted.get("left_out", 0)}
+        set_meta(connection, _NOTE, json.dumps({"table": table} | total))
+        _log.info("kvite file imported", filename=str(filename), table=table, imported=imported, left_out=left_out)
+    return len(rows)
 
 
-def _rows(connection: sqlite3.Connection, filename: Path, table: str) -> sqlite3.Cursor:
-    """(key, value) of every record, as bytes: a record whose text is broken must not hide the others."""
-    known = connection.execute(
+def _insert(connection: sqlite3.Connection, image: Image) -> None:
+    """Raises ValueError when it cannot be."""
+    try:
+        insert_record(connection, image, claimed_source=None)
+    except sqlite3.IntegrityError as error:
+        raise ValueError("another image has its id") from error
+
+
+def _exists(connection: sqlite3.Connection, table: str) -> bool:
+    found = connection.execute(
         "SELECT name FROM sqlite_master WHERE type = 'table' AND name = ? COLLATE NOCASE", (table,)
-    ).fetchone()
-    if known is None:
-        raise ConfigError(f"{filename} has no table {table!r} to import images from")
-    quoted = '"' + table.replace('"', '""') + '"'
-    return connection.execute(
-        f"SELECT CAST(key AS BLOB), CAST(value AS BLOB) FROM {quoted} WHERE bucket = ? ORDER BY rowid",  # noqa: S608 quoted, and SQL has no parameter for a table
-        (_BUCKET,),
     )
+    return found.fetchone() is not None
+
+
+def _require_table(connection: sqlite3.Connection, filename: Path, table: str) -> None:
+    if not _exists(connection, table):
+        raise ConfigError(f"{filename} has no table {table!r} to import images from")
 
 
 def _parsed(key: bytes, value: bytes) -> Image:

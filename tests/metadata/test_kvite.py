@@ -264,7 +264,7 @@ class TestTakenOver:
 
 class TestOnce:
     def test_second_start(self, kvite: KviteFile) -> None:
-        """The records are imported once: what was deleted or changed since stays so, also without the old table."""
+        """Each record is imported once: what was deleted or changed since stays so, also without the old table."""
         kept, deleted = kvite.add(source=SOURCE), kvite.add()
         before = kvite.rows()
         with kvite.open() as store:
@@ -272,13 +272,43 @@ class TestOnce:
             store.delete(deleted)
             changed = store.update(store.get(kept).failed("its file is missing"))
         assert kvite.rows() == before
-        kvite.add(comment="by the Go program, started again by mistake")
         with kvite.open() as store:
             assert store.identity == identity
             assert [entry.image for entry in entries(store)] == [changed]
         kvite.execute("DROP TABLE {}")
         with kvite.open() as store:
             assert store.get_by_source(SOURCE) == changed
+
+    def test_back_and_once_more(self, kvite: KviteFile) -> None:
+        """What the Go program has taken in since is taken over at the next start: without a record its file would go.
+        A source stays with who has it by now."""
+        kept, deleted = kvite.add(source=SOURCE), kvite.add()
+        with kvite.open() as store:
+            store.delete(deleted)
+            ours = store.create(Image(new_id(), ImageType.KVM, source=SOURCE + "2"))
+        kvite.execute("DELETE FROM {} WHERE key = ?", deleted)  # so that its row may have the same number as the next
+        added, twice = kvite.add(source=SOURCE + "3"), kvite.add(source=SOURCE + "2")
+        kvite.put("no id", b"{}")
+        for _ in range(2):
+            with kvite.open() as store:
+                assert {entry.image.id for entry in entries(store)} == {kept, ours.id, added, twice}
+                assert store.get_by_source(SOURCE).id == kept
+                assert store.get_by_source(SOURCE + "2") == ours
+                assert store.get_by_source(SOURCE + "3").id == added
+        ((note,),) = kvite.execute("SELECT value FROM imgsvc_meta WHERE key = 'kvite_import'")
+        assert json.loads(note) == {"table": "images", "imported": 4, "left_out": 1}
+
+    def test_imported_by_an_earlier_version(self, kvite: KviteFile) -> None:
+        """Which noted no keys: what is there by now counts as imported."""
+        deleted = kvite.add()
+        with kvite.open() as store:
+            store.delete(deleted)
+        kvite.execute("DROP TABLE imgsvc_kvite")
+        with kvite.open() as store:
+            assert entries(store) == []
+        added = kvite.add()
+        with kvite.open() as store:
+            assert [entry.image.id for entry in entries(store)] == [added]
 
     def test_counts_are_noted(self, kvite: KviteFile) -> None:
         """The file itself says what was imported from where, and how much was not."""
