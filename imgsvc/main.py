@@ -20,7 +20,7 @@ _SERVE = """Serve guest images until SIGTERM or SIGINT.
 
 Flags win over IMGSVC_ environment variables, those over the config file, and that over the defaults. With no config
 file, images and records are kept under the data directory, and the service listens on 127.0.0.1. Exit status: 0 after
-such a signal, 2 for a wrong setting."""
+such a signal, 2 for a wrong setting, 1 for what may be better at the next try."""
 
 _SCRUB = """Read every image of this host, beside a running service or without one, and hold it against its digest.
 
@@ -132,6 +132,8 @@ def _serve(options: argparse.Namespace) -> int:
         return serve(settings)
     except ConfigError as error:
         return _complain(error, WRONG_SETTING)
+    except Unavailable as error:
+        return _complain(error, status=1)
 
 
 def _scrub(options: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -25,12 +26,15 @@ from imgsvc.systemd import notify, watchdog_interval
 _CHUNK = 256 * 1024
 # Seconds between two tries to settle what the last run left, while a store does not answer.
 _RETRY_INTERVAL = 1.0
+# What a machine that has just been booted may get over: an address that it is about to have, a name service.
+_PASSING = (errno.EADDRNOTAVAIL, socket.EAI_AGAIN)
 
 log = structlog.get_logger()
 
 
 def serve(settings: Settings) -> int:
-    """Serves until SIGTERM or SIGINT, and returns the exit status, 0. Raises ConfigError when it cannot start."""
+    """Serves until SIGTERM or SIGINT, and returns the exit status, 0. Raises ConfigError when it cannot start, and
+    Unavailable when it might a little later."""
     keep_memory()
     return asyncio.run(_serve(settings))
 
@@ -70,8 +74,10 @@ def _listen(settings: Settings) -> list[socket.socket]:
             # One family, for each would get a port of its own.
             return bind_sockets(0, settings.host or "0.0.0.0", socket.AF_INET)  # noqa: S104 - as the setting says
         return bind_sockets(settings.port, settings.host or None, backlog=1024)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on host {settings.host!r}, port {settings.port}: {error.strerror}") from error
+    except (OSError, UnicodeError) as error:
+        reason, number = (error.strerror, error.errno) if isinstance(error, OSError) else (str(error), None)
+        trouble = f"cannot listen on host {settings.host!r}, port {settings.port}: {reason}"
+        raise (Unavailable if number in _PASSING else ConfigError)(trouble) from error
 
 
 def _on_signals(stop: asyncio.Event) -> None:

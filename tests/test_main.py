@@ -64,7 +64,8 @@ def test_a_wrong_setting_ends_with_one_sentence_and_status_2(serve: list[str]) -
         (["--data-dir", "/gone/data"], "--data-dir is /gone/data, but there is no directory /gone"),
         (["--config-file=gone.json"], "the config file gone.json cannot be read: "),
         (["-cgone.json"], "the config file gone.json cannot be read: "),
-        (["--host", "192.0.2.1", "--port=0"], "cannot listen on "),
+        (["--host", "::1%gone", "--port=0"], "cannot listen on "),
+        (["--host", "x" * 64, "--port=0"], "cannot listen on "),
     ],
 )
 def test_flags_are_taken_in_each_form_that_the_go_program_took(
@@ -74,6 +75,15 @@ def test_flags_are_taken_in_each_form_that_the_go_program_took(
 
     assert done.returncode == 2
     assert done.stderr.startswith(f"imgsvc: {complaint}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_address_that_is_not_there_yet() -> None:
+    """The unit starts it again: on a machine that is being booted the address may come a little later."""
+    done = cli("serve", "--host", "192.0.2.1", "--port=0")
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("imgsvc: cannot listen on host '192.0.2.1', port 0: ")
     assert done.stderr.count("\n") == 1
 
 
