@@ -15,6 +15,9 @@ from imgsvc.metadata.image import LOST, Image, Status
 from imgsvc.metadata.store import Entry, MetadataStore, let_go
 from imgsvc.uploads import Uploads
 
+# What the marker says of a directory with images of more than one set of records: no identity is this word.
+_SEVERAL = "several"
+
 log = structlog.get_logger()
 
 
@@ -206,12 +209,19 @@ class Maintenance:
             log.info("lost image settled otherwise", image=image.id, reason=str(error))
 
     def _remove_orphans(self, orphans: set[str]) -> None:
-        """Only in a directory that belongs to these very records: with the wrong ones, all images look like orphans."""
+        """Only in a directory that belongs to these very records: with the wrong ones, all images look like orphans.
+
+        So do, once the right ones are back, those that came in under the wrong ones. So a directory with images of
+        others belongs to no records, until a person has moved away what is not wanted.
+        """
         if self._images.marked_for != self._records.identity:
-            if not orphans:
-                # A disk that is too full for the new marker keeps the old one until the next start.
-                with contextlib.suppress(ConfigError):
+            # A disk that is too full for the new marker keeps the old one until the next start.
+            with contextlib.suppress(ConfigError):
+                if not orphans:
                     self._images.mark(self._records.identity)
+                elif self._images.marked_for not in ("", _SEVERAL):
+                    self._images.mark(_SEVERAL)
+            if not orphans:
                 return
             log.error(
                 "images without a record are left alone: the directory was not filled with these records",

@@ -14,6 +14,7 @@ from structlog.testing import capture_logs
 from imgsvc.errors import ConfigError, NoSpace, Unavailable
 from imgsvc.images.filesystem import FilesystemImageStore
 from imgsvc.metadata.image import Image, Status, new_id
+from imgsvc.metadata.memory import MemoryMetadataStore
 from tests.flaky import LOST
 from tests.images.helpers import content, put
 from tests.left_behind import BODY, committed, complete, interrupted
@@ -142,8 +143,26 @@ class TestOrphans:
             rooms.maintenance.reconcile()
         assert list(rooms.disk.ids()) == [orphan]
         assert rooms.claims() == {claim}
-        assert rooms.disk.marked_for == "other records"
+        assert rooms.disk.marked_for not in ("", "other records", rooms.base.identity)
         assert [line["log_level"] for line in logs if line.get("example") in (orphan, claim)] == ["error", "error"]
+
+    def test_other_records_and_back(self, rooms: Rooms) -> None:
+        """What came in under the wrong records is no orphan of the right ones. Once a person has moved it away, the
+        directory belongs to these again, and orphans go."""
+        kept = complete(rooms)
+        wrong = Rooms(rooms.disk, MemoryMetadataStore(rooms.base._member))  # type: ignore[attr-defined]  # each has it
+        wrong.maintenance.start_sweep()
+        strange = complete(wrong)
+        wrong.maintenance.reconcile()
+        for _ in range(2):
+            rooms.maintenance.start_sweep()
+            rooms.maintenance.reconcile()
+            assert set(rooms.disk.ids()) == {kept.id, strange.id}
+        rooms.disk.delete(strange.id)
+        rooms.maintenance.start_sweep()
+        put(rooms.disk, new_id(), BODY)
+        rooms.maintenance.start_sweep()
+        rooms.check_settled()
 
     def test_an_empty_directory_takes_to_other_records(self, rooms: Rooms) -> None:
         """With no images in doubt the mark follows the records, and from then on orphans go."""

@@ -133,7 +133,8 @@ def test_the_images_are_not_mounted(start_service: StartService, records: Settin
 
 def test_with_other_records(start_service: StartService, records: Settings) -> None:
     """A directory that was filled with other records: neither its images nor its unfinished uploads are touched, and
-    the log says so; new images come and go. With the right records all is as before."""
+    the log says so; new images come and go. With the right records all is as before, and what came in under the wrong
+    ones stays, too, until somebody moves it away."""
     service = start_service(**records)
     image = service.upload(b"content")
     with Connection(service.port) as connection:
@@ -151,12 +152,24 @@ def test_with_other_records(start_service: StartService, records: Settings) -> N
         assert service.incoming() == {interrupted}
         assert [line["count"] for line in service.events(LEFT_ALONE)][-1] == 2
         service.terminate()
-    service.settings = right
     service.start()
-    assert service.image(image["id"]) == image
+    strange = service.upload(b"meanwhile")
+    service.terminate()
+    service.settings = right
+    for _ in range(2):
+        service.start()
+        assert service.image(image["id"]) == image
+        assert service.download(image["id"]).body == b"content"
+        assert service.image(interrupted)["status"] == "error"
+        assert service.incoming() == set()
+        assert service.stored() == {image["id"], strange["id"]}
+        assert (service.images_dir / strange["id"]).read_bytes() == b"meanwhile"
+        service.terminate()
+    (service.images_dir / strange["id"]).unlink()
+    before = len(service.events(LEFT_ALONE))
+    service.start()
+    assert len(service.events(LEFT_ALONE)) == before
     assert service.download(image["id"]).body == b"content"
-    assert service.image(interrupted)["status"] == "error"
-    assert service.incoming() == set()
 
 
 def other_records(service: Service, records: Settings) -> Settings:
