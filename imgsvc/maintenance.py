@@ -11,6 +11,7 @@ from imgsvc.digests import Digests
 from imgsvc.errors import ConfigError, Conflict, ImgsvcError, NoSpace, NotFound
 from imgsvc.fetcher import Fetcher
 from imgsvc.images.store import ImageStore
+from imgsvc.metadata.go_program import ended_here
 from imgsvc.metadata.image import LOST, Image, Status
 from imgsvc.metadata.store import Entry, MetadataStore, let_go
 from imgsvc.uploads import Uploads
@@ -170,8 +171,9 @@ class Maintenance:
 
     def _check_failed(self, image: Image, identity: str) -> None:
         """Bytes under the name of an image in error. Those of a transfer that another member has ended, between the
-        rename and its last step, are nobody's; those of an image that was complete are left to a person."""
-        if self._images.marked_for == identity and not image.was_lost:
+        rename and its last step, are nobody's; those of an image that was complete, or may have been under the Go
+        program, are left to a person."""
+        if self._images.marked_for == identity and not image.was_lost and not ended_here(image):
             self._images.delete(image.id)
             log.info("bytes of an image in error removed", image=image.id, reason=image.error)
 

@@ -17,3 +17,9 @@ def taken_over(image: Image) -> Image:
     if image.status is Status.ERROR and not image.error:
         return dataclasses.replace(image, error=_NO_REASON)
     return image
+
+
+def ended_here(image: Image) -> bool:
+    """Whether it is in error because the Go program had not ended it, as far as its record says: there may be bytes of
+    it, and they may be all."""
+    return image.status is Status.ERROR and image.error in (_INTERRUPTED, _NO_REASON)

@@ -251,6 +251,19 @@ def test_unfinished_images(leftovers: Leftovers, take_over: TakeOver, status: st
         assert service.stored() == {fetch["id"]}
 
 
+@pytest.mark.parametrize("status", ["pending", "downloading", "error"])
+def test_bytes_of_unfinished_images_stay(leftovers: Leftovers, status: str) -> None:
+    """What the Go program left of them may be all of it: it is there after each start, until the image is DELETEd."""
+    image_id = leftovers.add(b"perhaps whole", status=status, download_end=ZERO_TIME, expected_size=13)["id"]
+    for _ in range(3):
+        with Successor(leftovers) as service:
+            assert service.image(image_id)["status"] == "error"
+            assert (leftovers.images / image_id).read_bytes() == b"perhaps whole"
+    with Successor(leftovers) as service:
+        assert service.delete(image_id).status == 200
+        assert service.stored() == set()
+
+
 def test_a_known_source_is_not_fetched(leftovers: Leftovers, take_over: TakeOver) -> None:
     """A POST of a source that the Go program has fetched answers with that image; it can be deleted, and then
     fetched as a new one."""
