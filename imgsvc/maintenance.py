@@ -11,7 +11,6 @@ from imgsvc.digests import Digests
 from imgsvc.errors import ConfigError, Conflict, ImgsvcError, NoSpace, NotFound
 from imgsvc.fetcher import Fetcher
 from imgsvc.images.store import ImageStore
-from imgsvc.metadata.go_program import ended_here
 from imgsvc.metadata.image import LOST, Image, Status
 from imgsvc.metadata.store import Entry, MetadataStore, let_go
 from imgsvc.uploads import Uploads
@@ -173,7 +172,7 @@ class Maintenance:
         """Bytes under the name of an image in error. Those of a transfer that another member has ended, between the
         rename and its last step, are nobody's; those of an image that was complete, or may have been under the Go
         program, are left to a person."""
-        if self._images.marked_for == identity and not image.was_lost and not ended_here(image):
+        if self._images.marked_for == identity and not image.may_have_been_whole:
             self._images.delete(image.id)
             log.info("bytes of an image in error removed", image=image.id, reason=image.error)
 

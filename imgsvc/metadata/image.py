@@ -19,6 +19,9 @@ LARGEST = 2**63 - 1
 # How the error of an image begins that was complete, and what a person may still find of it is worth a look.
 LOST = "the image was lost: "
 DAMAGED = "the image is damaged: "
+# The errors of images that the Go program had not ended, as far as its records say. Their files may be whole.
+INTERRUPTED = "mistify-image-service stopped before the image was whole"
+NO_REASON = "mistify-image-service could not get the image, and did not record why"
 
 # Go writes the zero time for one that has not happened, and its clients cannot decode anything else in its place.
 _NEVER = "0001-01-01T00:00:00Z"
@@ -87,6 +90,11 @@ class Image:
     def was_lost(self) -> bool:
         """It was complete once, and no member has its bytes any more."""
         return self.status is Status.ERROR and self.error.startswith((LOST, DAMAGED))
+
+    @property
+    def may_have_been_whole(self) -> bool:
+        """It is in error, and what bytes of it are found are left to a person."""
+        return self.was_lost or (self.status is Status.ERROR and self.error in (INTERRUPTED, NO_REASON))
 
     @property
     def in_transfer(self) -> bool:
