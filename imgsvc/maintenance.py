@@ -8,7 +8,7 @@ from collections.abc import Collection
 import structlog
 
 from imgsvc.digests import Digests
-from imgsvc.errors import ConfigError, Conflict, ImgsvcError, NoSpace, NotFound
+from imgsvc.errors import ConfigError, Conflict, ImgsvcError, NoSpace, NotFound, Unavailable, Unreadable
 from imgsvc.fetcher import Fetcher
 from imgsvc.images.store import ImageStore
 from imgsvc.metadata.image import LOST, Image, Status
@@ -55,7 +55,7 @@ class Maintenance:
                 to_fetch += self._check(entry, stored, unfinished, identity)
         if self._images.marked_for in ("", identity):
             for image_id in unfinished:
-                self._images.unclaim(image_id)
+                self._unclaim(image_id)
         else:
             orphans |= unfinished  # the records that they belong to will need them
         self._remove_orphans(orphans)
@@ -86,6 +86,35 @@ class Maintenance:
                 f"{example}), and no marker for these records: is its file system mounted, and is it the right one?"
             )
 
+    def _size(self, image_id: str) -> int | None:
+        """None when the disk cannot tell. Neither this nor the following steps stop a start for one file's sake, which
+        would keep all other images from being served."""
+        try:
+            return self._images.size(image_id)
+        except Unreadable as error:
+            log.error("image cannot be looked at", image=image_id, reason=str(error))
+            return None
+
+    def _set_aside(self, image_id: str) -> None:
+        """Unless there is no room for the directory that it goes to, or the disk does not let it go."""
+        try:
+            self._images.quarantine(image_id)
+        except (NoSpace, Unavailable) as error:
+            log.error("image cannot be set aside", image=image_id, reason=str(error))
+
+    def _remove(self, image_id: str) -> None:
+        """Unless the disk does not let it go: then its record does not speak of these bytes."""
+        try:
+            self._images.delete(image_id)
+        except Unreadable as error:
+            log.error("bytes of an image cannot be removed", image=image_id, reason=str(error))
+
+    def _unclaim(self, image_id: str) -> None:
+        try:
+            self._images.unclaim(image_id)
+        except Unreadable as error:
+            log.error("what is left of a transfer cannot be removed", image=image_id, reason=str(error))
+
     def _is_ours(self, entry: Entry, *, traces: bool) -> bool:
         """Whether this member was transferring. Without an owner on record, what is on the disk tells."""
         if entry.owner is None:
@@ -107,15 +136,14 @@ class Maintenance:
         image_id = entry.image.id
         if image_id in stored and self._images.marked_for not in ("", identity):
             # These records may be older than the image, which was whole.
-            with contextlib.suppress(NoSpace):  # for the directory that it goes to; then it stays
-                self._images.quarantine(image_id)
+            self._set_aside(image_id)
             return []
         if self._is_ours(entry, traces=image_id in stored or image_id in unfinished):
             unfinished.discard(image_id)
             return self._settle(entry.image)
         if image_id in stored:
             # What another member brings in by now may be other bytes, and these must not stand for them.
-            self._images.delete(image_id)
+            self._remove(image_id)
         return []
 
     def _settle(self, image: Image) -> list[str]:
@@ -140,17 +168,17 @@ class Maintenance:
         except NoSpace:
             if image.replicas is None:
                 # Nothing is under way to records that nobody shares, and they may be on the disk that is full.
-                self._images.delete(image.id)
+                self._remove(image.id)
             raise
         except (Conflict, NotFound) as error:
             log.info("interrupted transfer settled otherwise", image=image.id, reason=str(error))
             return self._settle_otherwise(image.id)
-        self._images.delete(image.id)
+        self._remove(image.id)
         if image.source:
             self._images.claim(image.id)
             return [image.id]
         log.info("interrupted upload is now in error", image=image.id)
-        self._images.unclaim(image.id)
+        self._unclaim(image.id)
         return []
 
     def _settle_otherwise(self, image_id: str) -> list[str]:
@@ -164,8 +192,8 @@ class Maintenance:
             here = image.replicas is None or self._images.member in image.replicas
             kept = image.status is Status.COMPLETE and here
         if not kept:
-            self._images.delete(image_id)
-        self._images.unclaim(image_id)
+            self._remove(image_id)
+        self._unclaim(image_id)
         return []
 
     def _check_failed(self, image: Image, identity: str) -> None:
@@ -173,19 +201,20 @@ class Maintenance:
         rename and its last step, are nobody's; those of an image that was complete, or may have been under the Go
         program, are left to a person."""
         if self._images.marked_for == identity and not image.may_have_been_whole:
-            self._images.delete(image.id)
-            log.info("bytes of an image in error removed", image=image.id, reason=image.error)
+            log.info("bytes of an image in error are removed", image=image.id, reason=image.error)
+            self._remove(image.id)
 
     def _check_complete(self, entry: Entry, stored: set[str]) -> None:
         image = entry.image
         if image.id in stored:
-            size = self._images.size(image.id)
+            size = self._size(image.id)
+            if size is None:
+                return  # its note stays: who asks for the image, and the scrub, find out what is wrong with it
             if size != image.size:
                 if entry.here:
                     with contextlib.suppress(NotFound):
                         let_go(self._records, image.id, self._images.member)
-                with contextlib.suppress(NoSpace):  # for the directory that it goes to; then it stays
-                    self._images.quarantine(image.id)
+                self._set_aside(image.id)
                 self._lost(image, f"its file has {size} bytes, and the image {image.size}")
                 return
             if image.sha256 and not entry.here:

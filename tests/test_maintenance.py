@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from imgsvc.errors import ConfigError, NoSpace, Unavailable
+from imgsvc.errors import ConfigError, ImgsvcError, NoSpace, Unavailable, Unreadable
 from imgsvc.images.filesystem import FilesystemImageStore
 from imgsvc.metadata.image import Image, Status, new_id
 from imgsvc.metadata.memory import MemoryMetadataStore
-from tests.flaky import LOST
+from tests.flaky import DAMAGED, FULL, LOST, Fault
 from tests.images.helpers import content, put
 from tests.left_behind import BODY, committed, complete, interrupted
 from tests.rooms import DiskPlace, Place, Rooms, wait_until
@@ -111,6 +111,69 @@ class TestLost:
         assert f"{len(BODY)}" in lost.error
         after.service.delete(image.id)
         after.check_settled()
+
+    def test_a_file_that_cannot_be_looked_at(self, place: Place, rooms: Rooms) -> None:
+        """One of a disk that is rotten keeps no other from being served, and is not condemned unseen."""
+        images = {image.id: image for image in (complete(rooms), complete(rooms), complete(rooms, sha256=""))}
+        after = place.open()
+        after.faults.next("size", DAMAGED)
+        with capture_logs() as logs:
+            after.maintenance.start_sweep()
+        assert after.listed() == images
+        assert set(after.disk.ids()) == set(images)
+        (line,) = [line for line in logs if line["log_level"] == "error"]
+        assert line["image"] in images
+
+    @pytest.mark.parametrize("fault", [LOST, DAMAGED, FULL])
+    def test_a_file_that_cannot_be_set_aside(self, place: Place, rooms: Rooms, fault: Fault) -> None:
+        """Nor is it served; it stays where it is, also at the starts that follow, and can be deleted."""
+        image, whole = complete(rooms), complete(rooms)
+        rooms.disk.delete(image.id)
+        put(rooms.disk, image.id, BODY[:-1])
+        for _ in range(2):
+            after = place.open()
+            after.faults.always("quarantine", fault=fault)
+            after.maintenance.start_sweep()
+            assert after.base.get(image.id).was_lost
+            assert set(after.disk.ids()) == {image.id, whole.id}
+            with pytest.raises(ImgsvcError):
+                after.service.open(image.id)
+        after.service.delete(image.id)
+        after.check_settled()
+
+    def test_bytes_of_an_error_that_cannot_be_removed(self, place: Place, rooms: Rooms) -> None:
+        """They go when the disk lets them."""
+        failed, whole = rooms.upload(), complete(rooms)
+        failed.abort(NoSpace("no space"))
+        put(rooms.disk, failed.image.id, BODY)
+        after = place.open()
+        after.faults.next("delete", DAMAGED)
+        after.maintenance.start_sweep()
+        assert set(after.disk.ids()) == {failed.image.id, whole.id}
+        swept(place).check_settled()
+
+    @pytest.mark.parametrize("source", ["", "http://source.example/1"], ids=["an upload", "a fetch"])
+    def test_bytes_of_a_transfer_that_cannot_be_removed(self, place: Place, rooms: Rooms, source: str) -> None:
+        """The transfer is settled all the same."""
+        image = committed(rooms, source)
+        after = place.open()
+        after.faults.next("delete", DAMAGED)
+        after.maintenance.start_sweep()
+        assert after.base.get(image.id).status is (Status.PENDING if source else Status.ERROR)
+        assert after.claims() == set(after.take_turns()) == ({image.id} if source else set())
+
+    def test_a_claim_that_cannot_be_removed(self, place: Place, rooms: Rooms) -> None:
+        rooms.disk.claim(new_id())
+        after = place.open()
+        after.faults.next("unclaim", DAMAGED)
+        after.maintenance.start_sweep()
+        swept(place).check_settled()
+
+    def test_a_directory_that_cannot_be_listed(self, rooms: Rooms) -> None:
+        """Then nothing is known of any image, and the start waits."""
+        rooms.faults.next("ids", DAMAGED)
+        with pytest.raises(Unreadable):
+            rooms.maintenance.start_sweep()
 
     def test_no_digest(self, place: Place, rooms: Rooms) -> None:
         """An image of the Go program gets its digest, and keeps the rest."""
