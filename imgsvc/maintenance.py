@@ -58,16 +58,17 @@ class Maintenance:
                 self._unclaim(image_id)
         else:
             orphans |= unfinished  # the records that they belong to will need them
-        self._remove_orphans(orphans)
+        self._remove_orphans(orphans, identity)
         for image_id in to_fetch:
             self._fetcher.submit(image_id)
 
     def reconcile(self) -> None:
         """Drops bytes whose record is gone; may run at any time, for a record is there before its bytes are."""
+        identity = self._records.identity
         orphans = set(self._images.ids())
         for page in self._records.survey():
             orphans.difference_update(entry.image.id for entry in page)
-        self._remove_orphans(orphans)
+        self._remove_orphans(orphans, identity)
 
     def _refuse_wrong_directory(self, stored: set[str]) -> None:
         """One that holds none of the images which records put here: it is another service's, or not mounted."""
@@ -95,12 +96,14 @@ class Maintenance:
             log.error("image cannot be looked at", image=image_id, reason=str(error))
             return None
 
-    def _set_aside(self, image_id: str) -> None:
-        """Unless there is no room for the directory that it goes to, or the disk does not let it go."""
+    def _set_aside(self, image_id: str) -> bool:
+        """False when there is no room for the directory that it goes to, or the disk does not let it go."""
         try:
             self._images.quarantine(image_id)
         except (NoSpace, Unavailable) as error:
             log.error("image cannot be set aside", image=image_id, reason=str(error))
+            return False
+        return True
 
     def _remove(self, image_id: str) -> None:
         """Unless the disk does not let it go: then its record does not speak of these bytes."""
@@ -135,9 +138,10 @@ class Maintenance:
         """The id of the fetch that is to be submitted again, if it is one of ours."""
         image_id = entry.image.id
         if image_id in stored and self._images.marked_for not in ("", identity):
+            certain = entry.owner == self._images.member and not entry.image.source
             # These records may be older than the image, which was whole.
-            self._set_aside(image_id)
-            return []
+            if (certain and self._resumed(entry.image)) or not self._set_aside(image_id):
+                return []
         if self._is_ours(entry, traces=image_id in stored or image_id in unfinished):
             unfinished.discard(image_id)
             return self._settle(entry.image)
@@ -145,6 +149,14 @@ class Maintenance:
             # What another member brings in by now may be other bytes, and these must not stand for them.
             self._remove(image_id)
         return []
+
+    def _resumed(self, image: Image) -> bool:
+        """Whether the upload is one that goes on. One that the disk does not give does not."""
+        try:
+            return self._uploads.take_over(image)
+        except Unreadable as error:
+            log.error("upload cannot be looked at", image=image.id, reason=str(error))
+            return False
 
     def _settle(self, image: Image) -> list[str]:
         """The id of the fetch that is to be submitted again, if it is one.
@@ -154,7 +166,7 @@ class Maintenance:
         that. Should the process die before they have gone, the next start finds them with a record that is pending and
         claimed, or in `error`.
         """
-        if not image.source and self._uploads.take_over(image):
+        if not image.source and self._resumed(image):
             return []
         if image.source:
             with contextlib.suppress(NoSpace):  # until they go, the bytes say whose it is, too
@@ -238,17 +250,20 @@ class Maintenance:
         except (Conflict, NotFound) as error:
             log.info("lost image settled otherwise", image=image.id, reason=str(error))
 
-    def _remove_orphans(self, orphans: set[str]) -> None:
+    def _remove_orphans(self, orphans: set[str], identity: str) -> None:
         """Only in a directory that belongs to these very records: with the wrong ones, all images look like orphans.
 
         So do, once the right ones are back, those that came in under the wrong ones. So a directory with images of
-        others belongs to no records, until a person has moved away what is not wanted.
+        others belongs to no records, until a person has moved away what is not wanted. Raises Unavailable when the
+        records are no longer those of which the orphans are.
         """
-        if self._images.marked_for != self._records.identity:
+        if self._records.identity != identity:
+            raise Unavailable("the records are others than a moment ago")
+        if self._images.marked_for != identity:
             # A disk that is too full for the new marker keeps the old one until the next start.
             with contextlib.suppress(ConfigError):
                 if not orphans:
-                    self._images.mark(self._records.identity)
+                    self._images.mark(identity)
                 elif self._images.marked_for not in ("", _SEVERAL):
                     self._images.mark(_SEVERAL)
             if not orphans:

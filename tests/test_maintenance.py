@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from imgsvc.metadata.memory import MemoryMetadataStore
 from tests.flaky import DAMAGED, FULL, LOST, Fault
 from tests.images.helpers import content, put
 from tests.left_behind import BODY, committed, complete, interrupted
-from tests.rooms import DiskPlace, Place, Rooms, wait_until
+from tests.rooms import DiskPlace, Place, Rooms, feed_and_finish, wait_until
 from tests.source import Source
 
 STOPPED = "the service stopped during the upload"
@@ -162,6 +163,17 @@ class TestLost:
         assert after.base.get(image.id).status is (Status.PENDING if source else Status.ERROR)
         assert after.claims() == set(after.take_turns()) == ({image.id} if source else set())
 
+    @pytest.mark.parametrize(("leave", "call"), [(interrupted, "writer"), (committed, "size")])
+    def test_an_upload_that_cannot_be_looked_at(
+        self, place: Place, rooms: Rooms, leave: Callable[..., Image], call: str
+    ) -> None:
+        image = leave(rooms)
+        after = place.open()
+        after.faults.next(call, DAMAGED)
+        after.maintenance.start_sweep()
+        assert after.base.get(image.id).error == STOPPED
+        after.check_settled()
+
     def test_a_claim_that_cannot_be_removed(self, place: Place, rooms: Rooms) -> None:
         rooms.disk.claim(new_id())
         after = place.open()
@@ -226,6 +238,47 @@ class TestOrphans:
         put(rooms.disk, new_id(), BODY)
         rooms.maintenance.start_sweep()
         rooms.check_settled()
+
+    @pytest.mark.parametrize("source", ["", "http://source.example/1"], ids=["an upload", "a fetch"])
+    def test_a_transfer_in_a_directory_of_others(self, rooms: Rooms, source: str) -> None:
+        """Bytes that these records have in transfer may be a whole image, which a person may look for; the transfer
+        does not wait for that."""
+        put(rooms.disk, new_id(), BODY)
+        rooms.disk.mark("other records")
+        image = committed(rooms, source)
+        rooms.maintenance.start_sweep()
+        assert list(rooms.disk.quarantined()) == [image.id]
+        assert rooms.base.get(image.id).status is (Status.PENDING if source else Status.ERROR)
+        assert rooms.claims() == set(rooms.take_turns()) == ({image.id} if source else set())
+
+    def test_a_whole_upload_in_a_directory_of_others(self, rooms: Rooms) -> None:
+        """All of its bytes had come, to this member: it becomes complete, as at any start."""
+        put(rooms.disk, new_id(), BODY)
+        rooms.disk.mark("other records")
+        upload = rooms.upload(expected_size=5)
+        rooms.faults.next("update", LOST)
+        with pytest.raises(Unavailable):
+            feed_and_finish(upload)
+        rooms.maintenance.start_sweep()
+        rooms.verify_uploads()
+        assert rooms.base.get(upload.image.id).status is Status.COMPLETE
+        assert content(rooms.disk, upload.image.id) == b"bytes"
+
+    @pytest.mark.parametrize("look", ["start_sweep", "reconcile"])
+    def test_records_that_are_exchanged_meanwhile(self, rooms: Rooms, look: str) -> None:
+        """As when etcd is restored: what was seen of the earlier ones does not give the directory to the later ones,
+        which lack an image."""
+        image = complete(rooms)
+
+        def exchange() -> None:
+            rooms.base.delete(image.id)
+            rooms.base._identity = "restored"  # type: ignore[attr-defined]  # each has it
+
+        rooms.faults.at("page", 2, exchange)
+        for _ in range(3):
+            with contextlib.suppress(Unavailable):
+                getattr(rooms.maintenance, look)()
+        assert content(rooms.disk, image.id) == BODY
 
     def test_an_empty_directory_takes_to_other_records(self, rooms: Rooms) -> None:
         """With no images in doubt the mark follows the records, and from then on orphans go."""
