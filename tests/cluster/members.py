@@ -74,6 +74,7 @@ class Members:
         self.records = SharedRecords(Member(images.member, SITE, "http://one.example"))
         images.mark(self.records.identity)
         self.one = Rooms(images, self.records)
+        self.be_patient(10.0)  # for a member that stalls goes on when the test has looked
         self._opened.callback(self.one.close)
         self.source = self._opened.enter_context(Source())
         self.others: dict[str, Source] = {}
@@ -84,6 +85,10 @@ class Members:
 
     def __exit__(self, *exception: object) -> None:
         self._opened.close()
+
+    def be_patient(self, seconds: float) -> None:
+        """With the others, when they are silent."""
+        self.one.supply._patience = seconds
 
     def image(self, body: bytes, sha256: str | None = None, source: str = "") -> Image:
         """Complete, and held by nobody yet."""

@@ -124,7 +124,7 @@ def test_the_end(copier: Copier) -> None:
     asked = Copies(copier, whole, copier.held.__contains__)
     ends = [asked.begin(new_id()) for _ in range(6)]
     wait_until(lambda: copier.busy == 4)
-    threading.Timer(0.2, copier.gate.set).start()
+    threading.Timer(1.0, copier.gate.set).start()
     asked.close()
     assert [end.cancelled() for end in ends] == [False] * 4 + [True] * 2
     with pytest.raises(Unavailable, match="stopping"):

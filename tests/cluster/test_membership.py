@@ -133,7 +133,7 @@ class TestLoss:
         lost = store.membership.lease_id
         assert lost is not None
         observer.etcd.revoke(lost)
-        assert entry(observer, one.id).owner is None
+        assert entry(observer, one.id).owner in (None, store.member.id)  # its own thread may have been quicker
         store.update(one.started(5))
         assert store.membership.lease_id not in (None, lost)
         assert entry(observer, one.id).owner == entry(observer, two.id).owner == store.member.id

@@ -30,6 +30,7 @@ from tests.source import Resource
 )
 def test_another_member_goes_on(members: Members, broken: Resource) -> None:
     """From where the first one stopped, without a gap or a byte twice."""
+    members.be_patient(1.0)
     body = some(2 * MIB)
     image = members.image(body)
     bad = members.serve(image, dataclasses.replace(broken, body=body), "a")
@@ -55,19 +56,20 @@ def test_a_dead_member_is_skipped(members: Members) -> None:
     began = time.monotonic()
     for image in images:
         assert members.read(image).whole() == body
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("broken", [Resource(cut_after=700_000), Resource(stall_after=700_000)])
 def test_nobody_goes_on(members: Members, broken: Resource) -> None:
     """Those who have some of it are cut, and it is not kept."""
+    members.be_patient(1.0)
     body = some(2 * MIB)
     image = members.image(body)
     answers = iter([dataclasses.replace(broken, body=body)])
     other = members.serve(image, body)
     members.others[other].serve(members.path(image), lambda _exchange: next(answers, Resource(status=500)))
-    reader = members.read(image)
     members.hold(image, "dead")
+    reader = members.read(image)
     with pytest.raises(Unavailable, match=f"{other} at {members.others[other].url}, dead, which is not live"):
         reader.whole()
     assert body.startswith(reader.body)

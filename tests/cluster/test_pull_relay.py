@@ -55,7 +55,8 @@ def test_many_clients_share_the_parts(members: Members) -> None:
     other = members.serve(image, Resource(body, keep=True))
     assert members.read(image, 0, 1).whole() == body[:1]  # which finds out that there is no room
     before = len(members.asked(image, other))
-    readers = [members.read(image) for _ in range(40)]
+    opened = [members.one.pulls.open(image) for _ in range(40)]
+    readers = [Reading(each) for each in opened]
     assert all(reader.whole() == body for reader in readers)
     assert asked_parts(members, image, other)[1:] == parts_of(len(body))
     assert len(members.asked(image, other)) == before + 6
@@ -95,6 +96,7 @@ def test_a_client_that_leaves(members: Members) -> None:
 @pytest.mark.parametrize("broken", [Resource(cut_after=100), Resource(stall_after=100), Resource(status=503)])
 def test_another_member_goes_on(members: Members, broken: Resource) -> None:
     """With the very next byte."""
+    members.be_patient(1.0)
     body = some(MIB)
     image = members.image(body)
     members.serve(image, dataclasses.replace(broken, body=body), "a")

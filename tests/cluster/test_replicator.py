@@ -86,7 +86,7 @@ def test_fewer_members_than_copies(hosts: Hosts) -> None:
 def test_a_dead_member(hosts: Hosts) -> None:
     """After the delay, and not before, what it held is copied again, once each, by all who are left."""
     images = held_by_two(hosts, "host-0", "host-1", 30)
-    hosts.start(delay=0.7)
+    hosts.start(delay=1.5)
     hosts.leave("host-1")
     time.sleep(0.5)
     assert tries(hosts) == 0
@@ -100,11 +100,11 @@ def test_a_dead_member(hosts: Hosts) -> None:
 def test_a_restart_within_the_delay(hosts: Hosts) -> None:
     """Nothing is copied: what it holds counted all the while."""
     held_by_two(hosts, "host-0", "host-1", 3)
-    hosts.start(delay=0.5)
+    hosts.start(delay=1.2)
     hosts.leave("host-1")
     time.sleep(0.2)
     hosts.join("host-1")
-    time.sleep(0.5)
+    time.sleep(1.2)
     assert tries(hosts) == 0
 
 
@@ -125,18 +125,21 @@ def test_one_that_cannot(hosts: Hosts, failure: Exception) -> None:
     and goes on with other images."""
     image_id, (first, second, *others) = new_image()
     hosts[first].failure = failure
-    hosts.start(turn=0.4)
+    hosts.start(turn=0.9)
     hosts.upload("host-0", image_id=image_id)
-    time.sleep(0.2)
-    assert (copies(hosts), tries(hosts)) == (0, 1)
-    wait_until(lambda: hosts.holders(image_id) == {"host-0", second})
+    wait_until(lambda: tries(hosts) == 1)
     time.sleep(A_WHILE)
-    assert hosts[first].tried[image_id] <= 2
+    assert (copies(hosts), tries(hosts)) == (0, 1)
+    wait_until(lambda: hosts.holders(image_id) == {"host-0", second}, 10)
+    time.sleep(A_WHILE)
+    assert hosts[first].tried[image_id] <= 3
     assert [hosts[other].tried[image_id] for other in (second, *others)] == [1, 0, 0]
     hosts[first].failure = None
-    images = [hosts.upload(others[0]) for _ in range(20)]
-    wait_until(lambda: all(len(hosts.holders(each)) == 2 for each in images), 10)
-    assert hosts[first].copied
+    members = [host.id for host in hosts if host.id != others[0]]
+    mine = next(each for each in iter(new_id, None) if ranked(each, members)[0] == first)
+    images = [hosts.upload(others[0], image_id=each) for each in (mine, *(new_id() for _ in range(19)))]
+    wait_until(lambda: all(len(hosts.holders(each)) == 2 for each in images), 20)
+    wait_until(lambda: mine in hosts[first].copied)
 
 
 def test_one_that_can_again(hosts: Hosts) -> None:
@@ -150,7 +153,7 @@ def test_one_that_can_again(hosts: Hosts) -> None:
     began = time.monotonic()
     hosts.leave(next(member for member in ("host-1", "host-2") if member != first))
     wait_until(lambda: len(hosts.holders(image_id)) == 2)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 3
 
 
 def test_all_but_the_last_cannot(hosts: Hosts) -> None:
@@ -161,7 +164,7 @@ def test_all_but_the_last_cannot(hosts: Hosts) -> None:
     hosts.start(turn=0.2)
     hosts.upload("host-0", image_id=image_id)
     wait_until(lambda: hosts.holders(image_id) == {"host-0", last})
-    assert tries(hosts) == 4
+    assert all(hosts[other].tried[image_id] for other in others)
 
 
 def test_a_full_member_is_passed_over(hosts: Hosts) -> None:
@@ -184,12 +187,12 @@ def test_one_that_is_busy_is_waited_for(hosts: Hosts) -> None:
     turn that it has to take."""
     busy = [image_id for image_id, others in (new_image() for _ in range(200)) if others[0] == "host-1"][:14]
     late = next(image_id for image_id, others in iter(new_image, None) if others[:2] == ["host-2", "host-1"])
-    hosts["host-1"].pause = 0.2
+    hosts["host-1"].pause = 0.3
     hosts["host-2"].failure = Unavailable("it failed")
-    hosts.start(turn=0.6)
+    hosts.start(turn=1.2)
     for image_id in [*busy, late]:
         hosts.upload("host-0", image_id=image_id)
-    wait_until(lambda: copies(hosts) == 15)
+    wait_until(lambda: copies(hosts) == 15, 20)
     assert set(hosts["host-1"].copied) == {*busy, late}
 
 
@@ -198,9 +201,9 @@ def test_two_at_once(hosts: Hosts) -> None:
     for host in hosts:
         host.pause = 0.05
     hosts.start()
-    for _ in range(40):
+    for _ in range(80):
         hosts.upload("host-0")
-    wait_until(lambda: copies(hosts) == 40)
+    wait_until(lambda: copies(hosts) == 80, 20)
     assert {host.busiest for host in hosts} == {0, 2}
 
 
@@ -212,7 +215,7 @@ def test_the_rate(hosts: Hosts) -> None:
     for image_id in images:
         hosts.upload("host-0", 100_000, image_id)
     wait_until(lambda: copies(hosts) == 10)
-    assert 0.7 < time.monotonic() - began < 2.5
+    assert 0.7 < time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("reason", ["stale", "no lease", "not live"])
@@ -242,7 +245,7 @@ def test_a_deleted_image(hosts: Hosts) -> None:
     for host in hosts:
         host.gate.clear()
     hosts.start()
-    images = [hosts.upload("host-0") for _ in range(40)]
+    images = [hosts.upload("host-0") for _ in range(80)]
     wait_until(lambda: tries(hosts) == 8)
     for image_id in images:
         hosts.delete(image_id)
@@ -258,7 +261,7 @@ def test_the_end(hosts: Hosts) -> None:
         host.gate.clear()
         host.pause = 0.2
     hosts.start()
-    for _ in range(40):
+    for _ in range(80):
         hosts.upload("host-0")
     wait_until(lambda: tries(hosts) == 8)
     hosts.stop()

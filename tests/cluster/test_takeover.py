@@ -108,7 +108,7 @@ def stored(host: Host, image: Image) -> Image:
 def test_each_fetch_is_taken_over_by_one(hosts: list[Host]) -> None:
     """Each by the one that is the first of those that are left, and only by that."""
     lost, *others = hosts
-    images = lost.post(12)
+    images = lost.post(24)
     lose(lost, *others)
     for after in (0.0, 0.6):
         others[0].clock.now += after * TTL

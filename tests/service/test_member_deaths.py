@@ -25,7 +25,7 @@ STOPS = 3.0
 # Within which nothing is left in transfer without a live owner.
 SETTLED = 3.0 * LEASE
 # Fetches at once, and those that wait behind them.
-RUNNING, WAITING = 2, 10
+RUNNING, WAITING = 2, 20
 
 
 @pytest.fixture(scope="module")
