@@ -10,6 +10,7 @@ from typing import Any
 import structlog
 
 from imgsvc.errors import ConfigError
+from imgsvc.foreign import read_json
 from imgsvc.metadata.go_program import taken_over
 from imgsvc.metadata.image import Image, Status, is_id
 from imgsvc.metadata.sqlite import SqliteMetadataStore, get_meta, insert_record, set_meta
@@ -54,7 +55,7 @@ def import_kvite(connection: sqlite3.Connection, filename: Path, table: str) -> 
     quoted = '"' + table.replace('"', '""') + '"'
     added = 0
     if noted is None or not first:  # else an earlier version imported them, and noted no keys
-        added = _import(connection, filename, table, quoted, json.loads(noted or "{}"))
+        added = _import(connection, filename, table, quoted, read_json(noted or "{}"))
     if added or first:
         connection.execute(
             f"INSERT OR IGNORE INTO {_KEYS} SELECT CAST(key AS BLOB) FROM {quoted} WHERE bucket = ?",  # noqa: S608 quoted, and SQL has no parameter for a table
