@@ -48,13 +48,16 @@ class TestReport:
         """However often bytes come and reports are asked for, the record is written once a second (here: 0.3)."""
         assert transfer_module.REPORT_INTERVAL == 1.0
         monkeypatch.setattr(transfer_module, "REPORT_INTERVAL", 0.3)
+        began = time.monotonic()
         transfer = rooms.upload()
         until = time.monotonic() + transfer_module.FIRST_REPORT + 2.5 * transfer_module.REPORT_INTERVAL
         while time.monotonic() < until:
             transfer.feed(b"more")
             transfer.report()
             time.sleep(0.02)
-        assert rooms.faults.calls.count("update") == 3
+        writes = rooms.faults.calls.count("update")
+        most = 1 + (time.monotonic() - began - transfer_module.FIRST_REPORT) / transfer_module.REPORT_INTERVAL
+        assert 2 <= writes <= most
         assert 0 < rooms.base.get(transfer.image.id).size < transfer.size
 
     def test_nothing_new_is_not_written(self, rooms: Rooms) -> None:
