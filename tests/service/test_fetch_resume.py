@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import random
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 from _pytest.mark.structures import ParameterSet
 
+from tests.etcd_cluster import free_port
 from tests.harness import Service, wait_for
 from tests.service.conftest import Settings, StartService
 from tests.source import Exchange, Resource, Source
@@ -24,7 +24,7 @@ MIB = 1 << 20
 BODY = random.Random(3).randbytes(6 * MIB + 321)
 ETAG = '"one"'
 # Takes longer to be hashed than anybody has to wait for it; there is nothing in it.
-LARGE = 16 << 30
+LARGE = 64 << 30
 GOOD = Resource(BODY, etag=ETAG)
 LONG = {"Retry-After": "600"}
 
@@ -116,8 +116,7 @@ class TestRetries:
 
     def test_not_there_yet(self, patient: Service) -> None:
         """A server that is down for a moment is waited for."""
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = taken.getsockname()[1]
+        port = free_port()
         image = patient.fetch(f"http://127.0.0.1:{port}/image")
         in_vain(patient, image)
         with Source(port) as source:
@@ -128,8 +127,7 @@ class TestRetries:
     def test_in_vain(self, start_service: StartService, source: Source, kind: str) -> None:
         """Who breaks off again and again and brings nothing new is given up, and the error says so."""
         service = start_service(fetch_retries=2)
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = taken.getsockname()[1]
+        port = free_port()
         urls: dict[str, str] = {
             "refused": f"http://127.0.0.1:{port}/image",
             "unknown": "http://imgsvc-test.invalid/image",
@@ -164,7 +162,7 @@ class TestRetries:
 class TestBackOff:
     @pytest.fixture
     def one_thread(self, start_service: StartService) -> Service:
-        return start_service(fetch_concurrency=1, fetch_retries=3)
+        return start_service(fetch_concurrency=1, fetch_retries=3, shutdown_timeout=20)
 
     def waiting(self, service: Service, source: Source) -> dict[str, Any]:
         """One with some bytes, whose source wants to be left alone for ten minutes."""
@@ -207,7 +205,7 @@ class TestBackOff:
             one_thread.kill()
         else:
             assert one_thread.terminate() == 0
-        assert time.monotonic() - began < 2.0
+        assert time.monotonic() - began < 8
         source.serve("/waiting", GOOD)
         one_thread.start()
         assert_whole(one_thread, image)
@@ -306,8 +304,8 @@ class TestRestarts:
 
     @pytest.mark.parametrize("deleted", [True, False])
     def test_while_it_is_hashed_again(self, start_service: StartService, source: Source, *, deleted: bool) -> None:
-        """What is there may be much: who is told to stop meanwhile does so within two seconds."""
-        service = start_service()
+        """What is there may be much: who is told to stop meanwhile does so without reading it all."""
+        service = start_service(shutdown_timeout=20)
         image = stopped_halfway(service, source)
         partial = service.images_dir / ".incoming" / image["id"]
         notes = partial.with_name(f"{partial.name}.notes")
@@ -322,10 +320,10 @@ class TestRestarts:
         began = time.monotonic()
         if deleted:
             service.delete(image["id"])
-            wait_for(lambda: service.incoming() == set(), 2, "nothing is left of it")
+            wait_for(lambda: service.incoming() == set(), 8, "nothing is left of it")
         else:
             service.terminate()
-            assert time.monotonic() - began < 2.0
+            assert time.monotonic() - began < 8
             os.truncate(partial, 5 * MIB)
             service.start()
             assert_whole(service, image)

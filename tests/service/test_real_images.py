@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.etcd_cluster import free_port
 from tests.harness import wait_for
 from tests.service.conftest import MIB, StartService
 from tests.zfs import ZfsPool, zfs
@@ -36,8 +37,7 @@ def nginx(tmp_path: Path) -> Iterator[str]:
         pytest.skip("nginx is not installed")
     if not ISO.exists():
         pytest.skip(f"there is no {ISO} (Debian's grub-rescue-pc)")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     configuration = tmp_path / "nginx.conf"
     configuration.write_text(f"""
         daemon off; pid {tmp_path}/nginx.pid; error_log stderr; worker_processes 1; events {{}}

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -18,6 +17,7 @@ import pytest
 from tusclient.client import TusClient
 from tusclient.exceptions import TusCommunicationError
 
+from tests.etcd_cluster import free_port
 from tests.harness import Service, wait_for
 from tests.service.conftest import StartService
 from tests.tus import Tus
@@ -130,10 +130,10 @@ def test_tuspy_when_the_service_is_killed(service: Service, guest: BinaryIO) -> 
     assert_whole(service, str(resumed.url), "killed")
 
 
-def test_tuspy_through_a_kill_and_a_start(start_service: StartService, guest: BinaryIO, free_port: int) -> None:
+def test_tuspy_through_a_kill_and_a_start(start_service: StartService, guest: BinaryIO) -> None:
     """While it is sending: it tries again, asks for the offset and goes on, and never knows what happened."""
     service = start_service()
-    service.command += ["--port", str(free_port)]
+    service.command += ["--port", str(free_port())]
     service.terminate()
     service.start()
     client = TusClient(f"{service.url}/uploads")
@@ -153,13 +153,6 @@ def test_tuspy_through_a_kill_and_a_start(start_service: StartService, guest: Bi
     sending.join(30)
     assert not sending.is_alive()
     assert_whole(service, str(uploader.url), "through")
-
-
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 def test_tus_js_client(javascript: list[str], service: Service, tmp_path: Path) -> None:
