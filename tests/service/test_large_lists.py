@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
+import statistics
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -95,19 +96,19 @@ def test_the_head_of_a_large_list(start_service: StartService, many_images: Path
 
 
 def test_a_large_list_does_not_block_the_others(start_service: StartService, many_images: Path) -> None:
-    """While 20,000 images are listed again and again, another request waits for a fraction of that time, and memory
-    stays bounded."""
+    """While 20,000 images are listed again and again, another request waits for a fraction of the time that one list
+    takes, and memory stays bounded."""
     service = start_service(many_images)
     service.images()
+    waits = []
     with ThreadPoolExecutor(2) as pool:
         all_began = time.monotonic()
         lists = [pool.submit(service.get, "/images") for _ in range(20)]
-        slowest = 0.0
         while not all(one.done() for one in lists):
             began = time.monotonic()
             assert service.get("/healthz").status == 200
-            slowest = max(slowest, time.monotonic() - began)
+            waits.append(time.monotonic() - began)
             time.sleep(0.01)
-    took = time.monotonic() - all_began
-    assert slowest < took / 4  # which grows with what else the machine does
+    one_list = (time.monotonic() - all_began) / 20
+    assert statistics.median(waits) < one_list / 4
     assert service.memory("VmHWM") < 200 * MIB
