@@ -109,11 +109,11 @@ class TestFetch:
 
     @pytest.mark.parametrize("resource", [Resource(BODY, hold=True), Resource(BODY, stall_after=1000)])
     def test_deleted(self, running: Rooms, source: Source, resource: Resource) -> None:
-        """It ends long before the source is given up, whatever that does."""
+        """It ends within a second or so, whatever the source does."""
         image = submit(running, source.serve("/image", resource))
         exchange = source.wait_asked("/image")
         running.service.delete(image.id)
-        assert exchange.closed.wait(8)
+        assert exchange.closed.wait(2.0)
         wait_until(lambda: not running.transfers.is_known(image.id))
         assert running.listed() == {}
         running.check_settled()
@@ -241,7 +241,7 @@ class TestClosing:
         wait_until(lambda: running.base.get(images[1].id).size > 0)
         began = time.monotonic()
         running.fetcher.close()
-        assert time.monotonic() - began < 8
+        assert time.monotonic() - began < 2.0
         for image in images:
             left = running.base.get(image.id)
             assert (left.status, left.size, left.error) == (Status.PENDING, 0, "")

@@ -132,7 +132,7 @@ def test_one_that_cannot(hosts: Hosts, failure: Exception) -> None:
     assert (copies(hosts), tries(hosts)) == (0, 1)
     wait_until(lambda: hosts.holders(image_id) == {"host-0", second}, 10)
     time.sleep(A_WHILE)
-    assert hosts[first].tried[image_id] <= 3
+    assert hosts[first].tried[image_id] <= 2
     assert [hosts[other].tried[image_id] for other in (second, *others)] == [1, 0, 0]
     hosts[first].failure = None
     members = [host.id for host in hosts if host.id != others[0]]
@@ -153,7 +153,7 @@ def test_one_that_can_again(hosts: Hosts) -> None:
     began = time.monotonic()
     hosts.leave(next(member for member in ("host-1", "host-2") if member != first))
     wait_until(lambda: len(hosts.holders(image_id)) == 2)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 2
 
 
 def test_all_but_the_last_cannot(hosts: Hosts) -> None:
@@ -164,7 +164,7 @@ def test_all_but_the_last_cannot(hosts: Hosts) -> None:
     hosts.start(turn=0.2)
     hosts.upload("host-0", image_id=image_id)
     wait_until(lambda: hosts.holders(image_id) == {"host-0", last})
-    assert all(hosts[other].tried[image_id] for other in others)
+    assert tries(hosts) == 4
 
 
 def test_a_full_member_is_passed_over(hosts: Hosts) -> None:
@@ -215,7 +215,7 @@ def test_the_rate(hosts: Hosts) -> None:
     for image_id in images:
         hosts.upload("host-0", 100_000, image_id)
     wait_until(lambda: copies(hosts) == 10)
-    assert 0.7 < time.monotonic() - began < 5
+    assert 0.7 < time.monotonic() - began < 2.5
 
 
 @pytest.mark.parametrize("reason", ["stale", "no lease", "not live"])

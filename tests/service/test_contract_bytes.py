@@ -189,7 +189,7 @@ def test_a_source_that_stalls(start_service: StartService, source: Source, resou
     began = time.monotonic()
     assert_fails(service, source.serve("/guest", resource))
     assert 0.9 < time.monotonic() - began < 4
-    assert source.asked("/guest")[0].closed.wait(10)
+    assert source.asked("/guest")[0].closed.wait(2)
 
 
 def test_a_slow_source_is_not_stalled(start_service: StartService, source: Source) -> None:
@@ -204,7 +204,7 @@ def test_a_fetch_that_is_too_large(start_service: StartService, source: Source, 
     service = start_service(max_image_size=BLOCK)
     resource = Resource(bytes(40 * BLOCK), announce=announce)
     assert_fails(service, source.serve("/guest", resource), str(BLOCK))
-    assert source.asked("/guest")[0].closed.wait(10)
+    assert source.asked("/guest")[0].closed.wait(2)
     assert source.asked("/guest")[0].sent < 20 * BLOCK
     assert_fetches(service, source.serve("/fits", Resource(bytes(BLOCK), announce=announce)), bytes(BLOCK))
 

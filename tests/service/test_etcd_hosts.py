@@ -221,7 +221,7 @@ def test_both_hosts_know_all_images(one: Service, other: Service) -> None:
     images = [service.upload(os.urandom(1000)) for service in (one, other)]
     for service in (one, other):
         for image in images:
-            wait_for(lambda: image in service.images(), 5, "it is listed")  # noqa: B023 - called at once
+            wait_for(lambda: image in service.images(), 1, "it is listed")  # noqa: B023 - called at once
             assert service.image(image["id"]) == image
 
 

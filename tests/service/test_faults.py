@@ -125,12 +125,12 @@ class Progress:
             self.changes.append((time.monotonic() - self._began, image["size"]))
 
     def check(self, seconds: float) -> None:
-        """The first value above zero came within a second, the others at most a second apart, each with what a busy
-        machine adds, and not many more than that."""
+        """The first value above zero came within a second, the others at most a second apart (and what a busy
+        machine adds), and not many more than that."""
         times = [moment for moment, size in self.changes if size > 0]
-        assert times[0] < 2.5, self.changes
+        assert times[0] < 1.3, self.changes
         gaps = [later - earlier for earlier, later in zip(times, [*times[1:], seconds], strict=True)]
-        assert max(gaps) < 2.5, self.changes
+        assert max(gaps) < 1.5, self.changes
         assert len(times) <= seconds + 2, self.changes
         sizes = [size for _, size in self.changes]
         assert sizes == sorted(sizes)

@@ -205,7 +205,7 @@ class TestBackOff:
             one_thread.kill()
         else:
             assert one_thread.terminate() == 0
-        assert time.monotonic() - began < 8
+        assert time.monotonic() - began < 2.0
         source.serve("/waiting", GOOD)
         one_thread.start()
         assert_whole(one_thread, image)
@@ -304,7 +304,7 @@ class TestRestarts:
 
     @pytest.mark.parametrize("deleted", [True, False])
     def test_while_it_is_hashed_again(self, start_service: StartService, source: Source, *, deleted: bool) -> None:
-        """What is there may be much: who is told to stop meanwhile does so without reading it all."""
+        """What is there may be much: who is told to stop meanwhile does so within two seconds."""
         service = start_service(shutdown_timeout=20)
         image = stopped_halfway(service, source)
         partial = service.images_dir / ".incoming" / image["id"]
@@ -320,10 +320,10 @@ class TestRestarts:
         began = time.monotonic()
         if deleted:
             service.delete(image["id"])
-            wait_for(lambda: service.incoming() == set(), 8, "nothing is left of it")
+            wait_for(lambda: service.incoming() == set(), 2, "nothing is left of it")
         else:
             service.terminate()
-            assert time.monotonic() - began < 8
+            assert time.monotonic() - began < 2.0
             os.truncate(partial, 5 * MIB)
             service.start()
             assert_whole(service, image)

@@ -191,7 +191,7 @@ def test_a_command_that_is_ended(start_service: StartService) -> None:
         ends.callback(running.kill)
         wait_for(lambda: opened_images(running.pid), 10, "it reads")
         running.send_signal(signal.SIGTERM)
-        assert running.wait(20) == 1
+        assert running.wait(2) == 1
         assert running.stdout is not None
         assert running.stdout.read() == f"{summary(0, 0)}; stopped before the end\n"
 

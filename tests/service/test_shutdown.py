@@ -31,7 +31,7 @@ def refuses_connections(service: Service) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_idle_service_ends_at_once(start_service: StartService, records: Settings, number: signal.Signals) -> None:
-    """SIGTERM and SIGINT end it at once, with exit status 0, whoever keeps a connection open."""
+    """SIGTERM and SIGINT end it within two seconds, with exit status 0, whoever keeps a connection open."""
     service = start_service(**records, shutdown_timeout=20)
     with Connection(service.port) as used, Connection(service.port):
         used.send("GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -39,7 +39,7 @@ def test_an_idle_service_ends_at_once(start_service: StartService, records: Sett
         began = time.monotonic()
         service.signal(number)
         assert service.wait_exit() == 0
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 2
 
 
 def test_transfers_of_clients_may_end(start_service: StartService, records: Settings) -> None:
@@ -55,7 +55,7 @@ def test_transfers_of_clients_may_end(start_service: StartService, records: Sett
         upload.send(bytes(MIB))
         wait_for(lambda: len(service.images()) == 2, 5, "the upload has its record")
         service.signal(signal.SIGTERM)
-        wait_for(lambda: refuses_connections(service), 10, "new connections are refused")
+        wait_for(lambda: refuses_connections(service), 2, "new connections are refused")
         upload.send(bytes(MIB))
         answer = upload.answer()
         assert (answer.status, answer.json()["status"]) == (200, "complete")
@@ -67,7 +67,7 @@ def test_transfers_of_clients_may_end(start_service: StartService, records: Sett
         assert received == content
         began = time.monotonic()
         assert service.wait_exit() == 0
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 3
     service.start()
     assert {image["status"] for image in service.images()} == {"complete"}
 
@@ -102,9 +102,9 @@ def test_fetches_stop_at_once_and_start_again(start_service: StartService, recor
         service.wait_status(image["id"], "downloading")
     began = time.monotonic()
     assert service.terminate() == 0
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 3
     for path in ("/silent", "/streaming"):
-        assert source.asked(path)[0].closed.wait(5)
+        assert source.asked(path)[0].closed.wait(1)
         source.serve(path, content)
     service.start()
     for image in (silent, streaming, waiting):
@@ -122,11 +122,11 @@ def test_the_second_signal_ends_everything(start_service: StartService) -> None:
         upload.send(bytes(MIB))
         wait_for(service.images, 5, "the upload has its record")
         service.signal(signal.SIGTERM)
-        wait_for(lambda: refuses_connections(service), 10, "the first signal has been seen")
+        wait_for(lambda: refuses_connections(service), 2, "the first signal has been seen")
         began = time.monotonic()
         service.signal(signal.SIGTERM)
         service.wait_exit()
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 2
     service.start()
     (image,) = service.images()
     assert image["status"] == "error"

@@ -58,7 +58,7 @@ def test_etcd_is_away(own_etcd: EtcdCluster, tmp_path: Path) -> None:
             assert answer.status == 503
         began = time.monotonic()
         assert service.get("/images").status == 503
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 1
         own_etcd.start(0)
         service.wait_ready()
         assert service.upload(b"content")["status"] == "complete"
@@ -92,7 +92,7 @@ def test_a_guarded_etcd(start_service: StartService, tmp_path: Path, tls: bool) 
             settings["metadata_store_config_ca_cert"] = certificates.ca
         one, other = start_service(**settings), start_service(**settings)
         image = one.upload(b"content")
-        wait_for(lambda: other.images() == [image], 10, "the other has heard of it")
+        wait_for(lambda: other.images() == [image], 1, "the other has heard of it")
         assert other.delete(image["id"]).status == 200
         wait_for(lambda: one.stored() == set(), 10, "the bytes are gone")
         for service in (one, other):

@@ -118,7 +118,7 @@ class TestOutages:
     @pytest.mark.parametrize("harm", [EtcdCluster.kill, EtcdCluster.stop], ids=["killed", "frozen"])
     def test_all_of_etcd(self, etcd_cluster: EtcdCluster, etcd_prefix: str, opened: ExitStack, harm: Harm) -> None:
         """Lists and looks go on, say how old they are and take no time; writes do not; afterwards all is as before."""
-        connection = Etcd(etcd_cluster.endpoints, timeout=4.0)
+        connection = Etcd(etcd_cluster.endpoints, timeout=1.0)
         store = opened.enter_context(closing(OwnedEtcdStore(connection, etcd_prefix, new_member())))
         kept, deleted = store.create(image()), created_and_deleted(store)
         assert store.look(kept.id) == (kept, None)
@@ -126,7 +126,7 @@ class TestOutages:
             harm(etcd_cluster, i)
         began = time.monotonic()
         found, age = store.look(kept.id)  # which nobody has noticed yet
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 1
         assert found == kept
         assert age is not None
         assert age < OUTAGE
@@ -134,7 +134,7 @@ class TestOutages:
         for _ in range(20):
             assert store.look(kept.id)[1] is not None
             assert ids(store) == {kept.id}
-        assert time.monotonic() - began < 5  # it would be twelve if each had to ask
+        assert time.monotonic() - began < 0.5
         assert store.stale is not None
         with pytest.raises(NotFound):
             store.look(deleted)
@@ -230,7 +230,7 @@ class TestQuickly:
             began = time.monotonic()
             wait_for(lambda created=created: created.id in ids(store), SOON, "it")  # type: ignore[misc]
             took.append(time.monotonic() - began)
-        assert sorted(took)[10] < 0.5
+        assert sorted(took)[10] < 0.2
         assert max(took) < 1
 
     def test_idling_is_cheap(self, store: OwnedEtcdStore) -> None:
