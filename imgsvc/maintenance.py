@@ -260,20 +260,7 @@ class Maintenance:
         if self._records.identity != identity:
             raise Unavailable("the records are others than a moment ago")
         if self._images.marked_for != identity:
-            # A disk that is too full for the new marker keeps the old one until the next start.
-            with contextlib.suppress(ConfigError):
-                if not orphans:
-                    self._images.mark(identity)
-                elif self._images.marked_for not in ("", _SEVERAL):
-                    self._images.mark(_SEVERAL)
-            if not orphans:
-                return
-            log.error(
-                "images without a record are left alone: the directory was not filled with these records",
-                place=self._images.place,
-                count=len(orphans),
-                example=min(orphans),
-            )
+            self._leave_alone(orphans, identity)
             return
         for image_id in orphans:
             try:
@@ -282,6 +269,21 @@ class Maintenance:
                     log.info("bytes without a record removed", image=image_id)
             except ImgsvcError as error:
                 log.error("bytes that seem to have no record are left", image=image_id, reason=str(error))
+
+    def _leave_alone(self, orphans: set[str], identity: str) -> None:
+        # A disk that is too full for the new marker keeps the old one until the next start.
+        with contextlib.suppress(ConfigError):
+            if not orphans:
+                self._images.mark(identity)
+            elif self._images.marked_for not in ("", _SEVERAL):
+                self._images.mark(_SEVERAL)
+        if orphans:
+            log.error(
+                "images without a record are left alone: the directory was not filled with these records",
+                place=self._images.place,
+                count=len(orphans),
+                example=min(orphans),
+            )
 
     def _has_no_record(self, image_id: str) -> bool:
         """Asked once more: a survey leaves out a record that somebody has spoilt, for which this is Unavailable."""

@@ -52,8 +52,7 @@ class DownloadHandler(BaseHandler):
             self.context.service.doubt(image.id)
             raise
         finally:
-            # With the last reader of a deleted image its blocks are freed, which takes some file systems seconds.
-            self.context.in_background(self.context.reads_pool.run(reader.close))
+            self.context.in_background(self._close(reader))
 
     head = get
 
@@ -158,6 +157,13 @@ class DownloadHandler(BaseHandler):
             arrival = self._arrival = loop.create_future()
             reader.wait(offset, end - offset, wake)
             await arrival
+
+    async def _close(self, reader: ImageReader) -> None:
+        """With the last reader of a deleted image its blocks are freed, which takes some file systems seconds."""
+        try:
+            await self.context.reads_pool.run(reader.close)
+        except RuntimeError:  # the service has stopped, and this pool with it
+            reader.close()
 
     def _let_go(self) -> None:
         outlet, self._outlet = self._outlet, None

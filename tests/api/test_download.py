@@ -84,6 +84,14 @@ async def test_the_loop_closes_no_file(ask: Asking, service: Service) -> None:
     assert [name.partition("_")[0] for name in closed_by] == ["reads"]
 
 
+@pytest.mark.gen_test
+async def test_a_file_that_is_closed_after_the_pools(ask: Asking, service: Service) -> None:
+    """As when the disk hangs while the service stops: that is no error."""
+    service.context.reads_pool.close()
+    assert (await ask("HEAD")).code == 200
+    await until(lambda: "close" in service.faults.calls)
+
+
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.gen_test
 async def test_whole(ask: Asking, method: str) -> None:
