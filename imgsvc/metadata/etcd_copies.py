@@ -42,7 +42,7 @@ class Copies:
             return done.succeeded
         # An attempt whose answer was lost has taken the note away.
         if not others <= set(done.found.replicas):
-            with contextlib.suppress(NotFound, Conflict, ValueError):
+            with contextlib.suppress(NotFound, Conflict, ValueError):  # then there is nothing any more to be held
                 self._hold(found.image())
             return False
         return True
