@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import socket
+import time
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from imgsvc.cluster.member_key import MemberKey
+from imgsvc.cluster.membership import Membership
 from imgsvc.config import load
 from imgsvc.context import Context
+from imgsvc.errors import Unavailable
+from imgsvc.metadata.mirror import Mirror
 from imgsvc.stores import reachable
+from tests.etcd_cluster import EtcdCluster
 
 
 @pytest.mark.parametrize(("images", "records"), [("fs", "memory"), ("memory", "sqlite")])
@@ -42,3 +50,45 @@ def test_the_data_directory_is_made_only_for_what_is_put_into_it(tmp_path: Path,
 def test_what_other_hosts_are_told_of_the_address(host: str, shown: str) -> None:
     """It is for a URL, and an address that stands for all of them leads nowhere."""
     assert reachable(host) == shown
+
+
+@pytest.fixture
+def shared(tmp_path: Path, etcd_cluster: EtcdCluster, etcd_prefix: str) -> dict[str, str]:
+    """The environment of a member of a cluster."""
+    return {
+        "IMGSVC_DATA_DIR": str(tmp_path / "data"),
+        "IMGSVC_METADATA_STORE_TYPE": "etcd",
+        "IMGSVC_METADATA_STORE_CONFIG_MACHINES": ",".join(etcd_cluster.endpoints),
+        "IMGSVC_METADATA_STORE_CONFIG_PREFIX": etcd_prefix,
+    }
+
+
+def test_a_member_that_begins_knows_that_it_is_live(shared: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if its key comes after the records have been read, and etcd is slow to tell of it; also when that of an
+    earlier run, which was killed, is still there."""
+    putting, joining = MemberKey.put, Mirror.join
+
+    def put_late(*args: Any) -> None:
+        time.sleep(0.5)
+        putting(*args)
+
+    def join_late(*args: Any) -> None:
+        time.sleep(0.5)
+        joining(*args)
+
+    monkeypatch.setattr(MemberKey, "put", put_late)
+    monkeypatch.setattr(Mirror, "join", join_late)
+    monkeypatch.setattr(Membership, "_end_lease", lambda _: None)
+    for port in (1, 2):
+        with closing(Context(load(None, {}, shared), port)) as context:
+            context.settle()
+            assert [member.url.rsplit(":", 1)[1] for member in context.members()] == [str(port)]
+
+
+def test_a_member_of_which_etcd_does_not_tell(shared: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not begin, and says why."""
+    monkeypatch.setattr(Mirror, "members", lambda _: {})
+    with closing(Context(load(None, {}, shared), port=1)) as context:
+        with pytest.raises(Unavailable, match="have not told of this member yet"):
+            context.settle()
+        assert context.not_ready

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster_of_three import ClusterOfThree
+from tests.harness import wait_for
 from tests.test_docs import README, Example
 
 # As the README calls them.
@@ -28,6 +29,8 @@ def test_the_example(cluster: ClusterOfThree, tmp_path: Path) -> None:
         script = script.replace(f"http://10.0.0.{number}:20000", member.url)
         script = script.replace(f"10.0.0.{number}", f"{member.address}:{member.port}")
         output = output.replace(f"http://10.0.0.{number}:20000", member.url).replace(f'"{name}"', f'"{member.id}"')
+    for member in cluster.members:
+        wait_for(lambda member=member: len(member.get("/members").json()) == 3, 5, "all know all")  # type: ignore[misc]
     (tmp_path / "guest.img").write_bytes(os.urandom(1 << 20))
     done = subprocess.run(
         cluster.outside.command("bash", "-eu", "-o", "pipefail", "-c", script.replace("$host:20000", "$host")),

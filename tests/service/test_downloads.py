@@ -94,7 +94,7 @@ def test_a_range_that_nobody_reads(service: Service) -> None:
     with Connection(service.port, receive_buffer=4096) as connection:
         connection.send(f"GET /images/{image['id']}/download HTTP/1.1\r\nHost: x\r\nRange: bytes=5-\r\n\r\n")
         wait_for(service.image_files, 2, "the file is open")
-        wait_for(lambda: service.image_files() == [], IDLE / 2, "the file is closed")
+        wait_for(lambda: service.image_files() == [], IDLE + 3, "the file is closed")
         assert connection.closed(2)
     wait_for(lambda: logged(service, image["id"]), 5, "the download is logged")
     assert [status for status, _ in logged(service, image["id"])] == [599]
@@ -126,7 +126,7 @@ def test_a_client_that_leaves(service: Service, leave: Callable[[Connection], No
         received = len(connection.recv(MIB))
         time.sleep(0.2)  # until the service waits
         leave(connection)
-        wait_for(lambda: service.image_files() == [], 5, "the file is closed")
+        wait_for(lambda: service.image_files() == [], IDLE / 2, "the file is closed")
     wait_for(lambda: logged(service, image["id"]), 2, "the download is logged")
     ((status, sent),) = logged(service, image["id"])
     assert status == 499
