@@ -7,7 +7,6 @@ import contextlib
 import functools
 import math
 import threading
-import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -28,7 +27,7 @@ from imgsvc.cluster.supply import Supply
 from imgsvc.cluster.takeover import Takeover
 from imgsvc.cluster.this_member import ThisMember
 from imgsvc.digests import Digests
-from imgsvc.errors import NotFound, Unavailable
+from imgsvc.errors import NotFound
 from imgsvc.fetcher import Fetcher
 from imgsvc.images.store import is_stored
 from imgsvc.maintenance import Maintenance
@@ -45,9 +44,6 @@ from imgsvc.uploads import Uploads
 
 # Within which a request gets its answer although a store hangs: soon enough for one that promises it within ten.
 _ANSWER_SECONDS = 8.0
-# How long a start waits for what etcd tells of this very member, and between two looks.
-_SIGHT_SECONDS = 2.0
-_SIGHT_INTERVAL = 0.01
 
 log = structlog.get_logger()
 
@@ -174,10 +170,8 @@ class Context:
     def settle(self) -> None:
         """Settles what the last run left, and lets work begin. Raises Unavailable or NoSpace when a store cannot, and
         may then be called again; ConfigError when the stores do not belong together."""
-        if self._membership is not None:
-            self._membership.take_place(self.images)
-        if self.mirror is not None:
-            self._see_this_member(self.mirror)
+        if self._membership is not None and self.mirror is not None:
+            self._membership.take_place(self.images, self.mirror)
         if not self._following:
             # Before the sweep, so that what is deleted during it is not missed.
             self.records.follow_deletions(self._deleted_elsewhere, self._deletions_missed)
@@ -188,7 +182,8 @@ class Context:
         self.uploads.start()
         self._digests.start()
         self._scrubber.start()
-        if self.mirror is not None:
+        if self._membership is not None and self.mirror is not None:
+            self._membership.stay_in(self.mirror)
             self._history.start()
             self.checks.start()
             self.mirror.listen(self.pulls.changed)
@@ -198,18 +193,6 @@ class Context:
             self._takeover.start()
         self._settled.set()
         self.not_ready = None
-
-    def _see_this_member(self, mirror: Mirror) -> None:
-        """Whoever is asked who is live names itself, and does not take what it holds for lost: its key is put while the
-        records are read, and may come into the mirror after them. An earlier run's may still be there."""
-        deadline = time.monotonic() + _SIGHT_SECONDS
-        while True:
-            seen = mirror.members().get(self.member_id)
-            if seen is not None and seen.started == self._this.unmeasured.started:
-                return
-            if time.monotonic() > deadline:
-                raise Unavailable("the records have not told of this member yet")
-            time.sleep(_SIGHT_INTERVAL)
 
     def members(self) -> Sequence[LiveMember]:
         """The live ones, in the order of their ids: this one, where records are not shared. That may block."""

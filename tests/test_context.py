@@ -89,6 +89,6 @@ def test_a_member_of_which_etcd_does_not_tell(shared: dict[str, str], monkeypatc
     """It does not begin, and says why."""
     monkeypatch.setattr(Mirror, "members", lambda _: {})
     with closing(Context(load(None, {}, shared), port=1)) as context:
-        with pytest.raises(Unavailable, match="have not told of this member yet"):
+        with pytest.raises(Unavailable, match="etcd has not told of this member yet"):
             context.settle()
         assert context.not_ready

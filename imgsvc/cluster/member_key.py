@@ -17,7 +17,7 @@ from imgsvc.errors import ImgsvcError, Unavailable
 from imgsvc.etcd import Etcd
 from imgsvc.etcd_layout import Layout
 from imgsvc.etcd_messages import KeyValue, created_at, modified_at, put
-from imgsvc.metadata.mirror import LiveMember
+from imgsvc.metadata.mirror import LiveMember, Mirror
 
 # Seconds between two looks at oneself, and after which others are told whatever has changed. Each is told of each: a
 # thousand members that said something every second would be a million messages a second.
@@ -59,6 +59,7 @@ class MemberKey:
         self._told_at = 0.0
         self._lost: Callable[[], None] = lambda: None
         self._stop = threading.Event()
+        self._wake = threading.Event()
         # A daemon, as the disk that it looks at may hang for ever. It is not the lease's thread for the same reason.
         self._thread = threading.Thread(target=self._run, name="etcd-member", daemon=True)
 
@@ -95,24 +96,38 @@ class MemberKey:
         self._place = _Place(there.created if there else outcome.revision, lease)
         self._told, self._told_at = says, time.monotonic()
 
+    def is_in(self, mirror: Mirror) -> bool:
+        """Whether it is this run's that the mirror has."""
+        seen = mirror.members().get(self._this.id)
+        return seen is not None and seen.started == self._this.unmeasured.started
+
+    def miss(self) -> None:
+        """Has it looked for at once, as it is not in a mirror where it should be. Never blocks."""
+        self._wake.set()
+
     def close(self) -> None:
         """Returns at once; may be called twice."""
         self._stop.set()
+        self._wake.set()
 
     def _run(self) -> None:
+        missed = False
         while not self._stop.is_set():
             try:
-                self._look()
+                self._look(missed=missed)
+                missed = False
             except ImgsvcError as error:
                 log.info("others not told of this member", member=self._this.id, reason=str(error))
             except Exception:  # or nobody would be told anything any more
                 log.exception("others not told of this member", member=self._this.id)
-            self._stop.wait(_LOOK_SECONDS)
+            if self._wake.wait(_LOOK_SECONDS):
+                self._wake.clear()
+                missed = True
 
-    def _look(self) -> None:
+    def _look(self, *, missed: bool) -> None:
         says = self._says = self._this.measured()
         self._measured.set()
-        if differs_much(self._told, says) or time.monotonic() >= self._told_at + _TELL_SECONDS:
+        if missed or differs_much(self._told, says) or time.monotonic() >= self._told_at + _TELL_SECONDS:
             place = self._place
             if place is not None:
                 self._tell(says, place)

@@ -16,12 +16,16 @@ from imgsvc.deadline import time_left
 from imgsvc.errors import ImgsvcError, Unavailable
 from imgsvc.etcd import Etcd, LeaseLost
 from imgsvc.images.store import ImageStore
+from imgsvc.metadata.mirror import Mirror
 
 LEASE_SECONDS = 10
 # Between attempts while etcd is away.
 _RETRY_SECONDS = 1.0
 # How long a caller waits for a lease while there is none: a little more than a grant takes when all is well.
 _PATIENCE_SECONDS = 2.0
+# How long a start waits for its own key to be in the mirror, and between two looks.
+_SIGHT_SECONDS = 5.0
+_SIGHT_INTERVAL = 0.01
 
 log = structlog.get_logger()
 
@@ -87,12 +91,23 @@ class Membership:
         it puts back what was on the old one."""
         self._restore.append(restore)
 
-    def take_place(self, images: ImageStore) -> None:
-        """To be called before anything is done in this member's name: nobody else has it, and it is the name of the
-        directory from now on, whose images are on record under it. Raises Unavailable, and may then be called again;
-        ConfigError when the name is another directory's."""
+    def take_place(self, images: ImageStore, mirror: Mirror) -> None:
+        """To be called before anything is done in this member's name: nobody else has it, it is the name of the
+        directory from now on, whose images are on record under it, and the mirror shows it among the live. Raises
+        Unavailable, and may then be called again; ConfigError when the name is another directory's."""
         self.lease()
         Renaming(self._etcd, self._prefix, images, self._id).settle()
+        self._wait_to_be_seen(mirror)
+
+    def stay_in(self, mirror: Mirror) -> None:
+        """From now on the key is put back as soon as the mirror has lost it: whoever deletes it makes all others believe
+        that this member is dead."""
+
+        def changed(image_id: str) -> None:
+            if not image_id and not self._key.is_in(mirror):
+                self._key.miss()
+
+        mirror.listen(changed)
 
     def close(self) -> None:
         """Ends the thread and, if etcd answers, the lease with all that is on it; may be called twice."""
@@ -119,6 +134,15 @@ class Membership:
                 self._trouble = repr(error)
             self._wake.wait(_RETRY_SECONDS if self._trouble else self._ttl / 3)
             self._wake.clear()
+
+    def _wait_to_be_seen(self, mirror: Mirror) -> None:
+        """The key may be put after the records were read, and come into the mirror later; that of an earlier run may
+        still be there. Who acted before that would take what it holds itself for lost."""
+        deadline = time.monotonic() + _SIGHT_SECONDS
+        while not self._key.is_in(mirror):
+            if self._stop.is_set() or time.monotonic() > deadline:
+                raise Unavailable("etcd has not told of this member yet")
+            time.sleep(_SIGHT_INTERVAL)
 
     def _in_trouble(self, reason: str) -> None:
         if not self._trouble:

@@ -23,7 +23,7 @@ from imgsvc.metadata.mirror import LiveMember
 from tests.cluster.test_membership import TTL, eventually
 from tests.etcd_cluster import EtcdCluster
 from tests.images.helpers import put as put_image
-from tests.metadata.etcd_store import new_member
+from tests.metadata.etcd_store import OwnedEtcdStore, new_member
 
 
 class TestTheKey:
@@ -46,6 +46,26 @@ class TestTheKey:
             connection.delete(key)
             eventually(lambda: bool(connection.range(key).items))
             assert held.lease_id == first
+
+    def test_a_mirror_shows_that_somebody_deletes_it(
+        self, connection: Etcd, etcd_prefix: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is put back long before the next look would be."""
+        monkeypatch.setattr(member_key, "_LOOK_SECONDS", 60.0)
+        member = new_member()
+        key = Layout(etcd_prefix).member(member.id)
+
+        def created() -> list[int]:
+            return [item.created for item in connection.range(key).items]
+
+        with closing(OwnedEtcdStore(connection, etcd_prefix, member)) as store:
+            store.membership.take_place(MemoryImageStore(), store.mirror)
+            store.membership.stay_in(store.mirror)
+            for _ in range(3):
+                before = created()
+                connection.delete(key)
+                eventually(lambda before=before: created() not in ([], before))  # type: ignore[misc]
+                eventually(lambda: member.id in store.mirror.members())
 
     def test_how_often_it_is_written(self, connection: Etcd, etcd_prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """At once when much has changed, within a minute when little has, and never when nothing has."""

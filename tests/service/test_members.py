@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import closing
 
 import pytest
 
 from imgsvc import __version__
+from imgsvc.etcd import Etcd
 from imgsvc.metadata.image import parse_time
 from tests.client import Answer
 from tests.etcd_cluster import EtcdCluster
@@ -113,6 +115,22 @@ def test_the_number_of_images_is_told(new_host: StartService) -> None:
     host.terminate()
     host.start()
     wait_for(lambda: [member["images"] for member in host.get("/members").json()] == [1], 5, "its image is counted")
+
+
+def test_its_key_is_deleted(new_host: StartService, etcd: EtcdCluster, etcd_prefix: str) -> None:
+    """By whomever: it is back at once, for this member lives."""
+    one, other = new_host(cluster_member_id="a"), new_host(cluster_member_id="b")
+    key = f"{etcd_prefix}/image-members/a"
+    with closing(Etcd(etcd.endpoints)) as connection:
+
+        def created() -> list[int]:
+            return [item.created for item in connection.range(key).items]
+
+        before = created()
+        connection.delete(key)
+        wait_for(lambda: created() not in ([], before), 5, "it is back")
+    wait_for(lambda: live(one) == live(other) == ["a", "b"], 5, "all see it")
+    assert len(one.events("lease granted")) == 1
 
 
 def test_without_etcd(start_service: StartService, own_etcd: EtcdCluster) -> None:
