@@ -50,7 +50,8 @@ def over_several(url: str, sink: Collected, version: Version | None = None, **se
 
 
 class Good:
-    """Answers as it should, but holds the first connection back before its second MiB until a piece was asked for."""
+    """Answers as it should, but holds the first connection back before its second MiB until a piece was asked for after
+    it: one that a reading before this has left may still come."""
 
     def __init__(self) -> None:
         self._first = http.Resource(BODY, etag=OLD, stall_after=MIB // 2)
@@ -59,7 +60,8 @@ class Good:
     def __call__(self, exchange: http.Exchange, **changed: Any) -> http.Resource:
         answer = GOOD
         if is_piece(exchange):
-            self._first.resume()
+            if self._begun:
+                self._first.resume()
         elif not is_probe(exchange) and not self._begun:
             self._begun = True
             answer = self._first
