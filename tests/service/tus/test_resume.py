@@ -151,7 +151,7 @@ def test_killed_before_the_record_is_complete(tus: Tus, wanted: str) -> None:
     if wanted == "wrong":
         assert (image["status"], image["size"]) == ("error", 0)
         assert digests[wanted] in image["error"]
-        assert tus.service.stored() == tus.service.incoming() == set()
+        wait_for(lambda: tus.service.stored() == tus.service.incoming() == set(), 2, "nothing is left")
         assert tus.head(path).status == 410
     else:
         assert_whole(tus, path, CONTENT)
