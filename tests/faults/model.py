@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections import Counter
 from dataclasses import dataclass, field
 
 
@@ -19,6 +20,8 @@ class Model:
     digests: dict[str, str] = field(default_factory=dict)
     deleted: set[str] = field(default_factory=set)
     doubtful: set[str] = field(default_factory=set)
+    # How often the deletion of each image was asked for: of several requests at once, one is told that it was there.
+    asked: Counter[str] = field(default_factory=Counter)
     offered: dict[str, str] = field(default_factory=dict)
     fetched: dict[str, str] = field(default_factory=dict)
     # Digests of what was sent in uploads, whatever became of them.
@@ -51,6 +54,7 @@ class Model:
         """Its deletion is asked for."""
         with self._lock:
             self.doubtful.add(image_id)
+            self.asked[image_id] += 1
 
     def delete(self, image_id: str) -> None:
         """It is gone for good."""
