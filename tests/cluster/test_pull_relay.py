@@ -54,6 +54,7 @@ def test_many_clients_share_the_parts(members: Members) -> None:
     image = members.image(body)
     other = members.serve(image, Resource(body, keep=True))
     assert members.read(image, 0, 1).whole() == body[:1]  # which finds out that there is no room
+    wait_until(lambda: not members.one.pulls.running)
     before = len(members.asked(image, other))
     opened = [members.one.pulls.open(image) for _ in range(40)]
     readers = [Reading(each) for each in opened]
@@ -83,6 +84,7 @@ def test_a_client_that_leaves(members: Members) -> None:
     image = members.image(body)
     members.serve(image, Resource(body, keep=True))
     assert members.read(image, 0, 1).whole() == body[:1]
+    wait_until(lambda: not members.one.pulls.running)
     members.resources["a"].hold = True
     leaving = members.one.pulls.open(image)
     leaving.wait(0, len(body), lambda: None)
