@@ -72,8 +72,8 @@ class Pulls:
         # Digests by image id, of what has come while nobody knows whether it is on record.
         self._unnoted: dict[str, str] = {}
         self._relays: set[Relay] = set()
-        # By image id, when a pull of it ended that kept nothing.
-        self._kept_nothing: dict[str, float] = {}
+        # By image id, the last pull of it that kept nothing, and when it ended.
+        self._kept_nothing: dict[str, tuple[Pull, float]] = {}
         self._closing = threading.Event()
         self._no_copies = threading.Event()
         self._background = threading.Semaphore(_IN_BACKGROUND)
@@ -196,7 +196,8 @@ class Pulls:
 
     def _join(self, image: Image) -> Pull:
         with self._lock:
-            pull = self._running.get(image.id)
+            # Who came while that one ran, and asks for the first byte only now, goes on as its followers did.
+            pull = self._running.get(image.id) or self._has_kept_nothing(image)
             if pull is not None and pull.image.sha256 != image.sha256:
                 trouble = self._other_bytes(pull, image)
                 pull = self._made(image)
@@ -238,13 +239,19 @@ class Pulls:
             with self._lock:
                 self._running.pop(pull.image.id, None)
                 if pull.course.passed_on is not None:
-                    self._kept_nothing[pull.image.id] = now
-                for image_id in [each for each, then in self._kept_nothing.items() if now - then > _KEPT_NOTHING]:
+                    self._kept_nothing[pull.image.id] = (pull, now)
+                for image_id in [each for each, (_, then) in self._kept_nothing.items() if now - then > _KEPT_NOTHING]:
                     del self._kept_nothing[image_id]
 
     def _will_not_keep(self, image: Image) -> bool:
-        tried = self._kept_nothing.get(image.id)
-        return tried is not None and time.monotonic() - tried <= _KEPT_NOTHING and not self.is_running(image.id)
+        return self._has_kept_nothing(image) is not None and not self.is_running(image.id)
+
+    def _has_kept_nothing(self, image: Image) -> Pull | None:
+        """A pull of it that has just ended: another one would be no better."""
+        pull, ended = self._kept_nothing.get(image.id, (None, 0.0))
+        if pull is None or pull.image.sha256 != image.sha256 or time.monotonic() - ended > _KEPT_NOTHING:
+            return None
+        return pull
 
     def _admit(self) -> None:
         with self._lock:

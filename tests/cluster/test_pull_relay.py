@@ -54,7 +54,6 @@ def test_many_clients_share_the_parts(members: Members) -> None:
     image = members.image(body)
     other = members.serve(image, Resource(body, keep=True))
     assert members.read(image, 0, 1).whole() == body[:1]  # which finds out that there is no room
-    wait_until(lambda: not members.one.pulls.running)
     before = len(members.asked(image, other))
     opened = [members.one.pulls.open(image) for _ in range(40)]
     readers = [Reading(each) for each in opened]
@@ -62,6 +61,18 @@ def test_many_clients_share_the_parts(members: Members) -> None:
     assert asked_parts(members, image, other)[1:] == parts_of(len(body))
     assert len(members.asked(image, other)) == before + 6
     wait_until(lambda: not members.one.pulls._parts._kept)
+
+
+def test_who_came_before_it_was_known(members: Members) -> None:
+    """That there is no room: a client that opened the image before, and reads it afterwards, tries no other pull."""
+    body = some(2 * MIB)
+    image = members.image(body)
+    other = members.serve(image, Resource(body, keep=True))
+    opened = [members.one.pulls.open(image) for _ in range(3)]
+    assert members.read(image, 0, 1).whole() == body[:1]
+    wait_until(lambda: not members.one.pulls.running)
+    assert all(Reading(each).whole() == body for each in opened)
+    assert sum(exchange.range is None for exchange in members.asked(image, other)) == 1
 
 
 def test_a_slow_client_holds_nobody_up(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +95,6 @@ def test_a_client_that_leaves(members: Members) -> None:
     image = members.image(body)
     members.serve(image, Resource(body, keep=True))
     assert members.read(image, 0, 1).whole() == body[:1]
-    wait_until(lambda: not members.one.pulls.running)
     members.resources["a"].hold = True
     leaving = members.one.pulls.open(image)
     leaving.wait(0, len(body), lambda: None)
