@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.client import Connection
 from tests.etcd_cluster import EtcdCluster
-from tests.harness import Service, wait_for
+from tests.harness import Service
 from tests.service.conftest import Settings, StartService
 from tests.service.helpers import begin_upload, post_at_once
 from tests.source import Resource, Source
@@ -70,7 +70,7 @@ def test_a_kill_in_mid_transfer(start_service: StartService, records: Settings, 
     assert len(source.asked("/waiting")) == 1
     assert service.image(complete["id"]) == complete
     assert service.stored() == {complete["id"], running["id"], waiting["id"]}
-    wait_for(lambda: service.incoming() == set(), 2, "nothing is left")
+    assert service.incoming() == set()
 
 
 # 5. Parallel POSTs of one source made two images.
@@ -84,7 +84,7 @@ def test_parallel_posts_of_one_source_make_one_image(service: Service, source: S
     assert len({image["id"] for image in images}) == 1
     service.wait_status(images[0]["id"], "complete")
     assert len(source.asked("/guest")) == 1
-    wait_for(lambda: service.incoming() == set(), 2, "nothing is left")
+    assert service.incoming() == set()
 
 
 def test_parallel_posts_at_two_services_make_one_image(
